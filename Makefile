@@ -9,10 +9,10 @@ INSTALLED := $(VENV)/.installed
 NOT_LOCKED := ^(nvidia-|cuda-|triton==)
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab lint lock clean
+.PHONY: help reproduce test lab lint figures bench-training lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 reproduce: $(INSTALLED)  ## run every notebook; other settings: make reproduce ARGS="--profile desk --data DIR"
 	@$(BIN)/ibau reproduce $(ARGS)
@@ -28,6 +28,12 @@ lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 lint: $(INSTALLED)  ## check style and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+figures: $(INSTALLED)  ## redraw the README's results from the records in figures/data
+	@$(BIN)/python -m ibau.figures
+
+bench-training: $(INSTALLED)  ## time a training epoch, variant by variant, into figures/data
+	@$(BIN)/python -m ibau.bench
 
 # torch itself pins the CUDA packages it needs, and other platforms lack them: they stay out of the lock.
 # Python 3.11 needs all that newer ones need and a little more.

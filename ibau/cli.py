@@ -22,6 +22,9 @@ def _parser():
     command.add_argument("--dataset", default="", metavar="NAME", help="default: the profile's own")
     command.add_argument("--data", default="", metavar="DIR", help="folder of the data set's images")
     command.add_argument(
+        "--download", action="store_true", help="fetch the data set into DIR first, where it is missing"
+    )
+    command.add_argument(
         "--only", action="append", default=[], metavar="NN", help="this notebook; repeatable"
     )
     command.add_argument(
@@ -51,6 +54,8 @@ def _reproduce(args):
     notebooks = runner.select(runner.find_notebooks(args.notebooks), args.only)
     if args.list:
         return _list(notebooks)
+    if args.download:
+        runner.fetch(args.profile, args.dataset, args.data)
     runner.check_options(args.profile, args.dataset, args.data)
     from ibau.experiments import runs_dir
 

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import ibau
@@ -189,11 +190,18 @@ def measure(model: nn.Module, splits: Splits, trigger: Trigger | None, target: i
 
 
 def unlearn_record(
-    settings: VictimSettings, splits: Splits, ibau_settings: unlearning.IBAUSettings, *, seed: int = 0
+    settings: VictimSettings,
+    splits: Splits,
+    ibau_settings: unlearning.IBAUSettings,
+    *,
+    seed: int = 0,
+    progress: bool = False,
 ) -> dict:
-    """Clean the victim of `settings` with I-BAU and record ACC, ASR, RA and DER, before and after.
+    """Clean the victim of `settings` with I-BAU; record ACC, ASR, RA and DER, before and after.
 
-    A record that exists already is read instead. Measured on `splits.test`, which the defence never sees.
+    Everything is measured on `splits.test`, which the defence never sees; the curve over the rounds on its
+    first 1,000 images. The cleaned model and each round's delta are kept beside the record, as
+    `<record>.safetensors` and `<record>.deltas`. A record that exists already is read instead.
     """
     described = {
         "victim": {**asdict(settings), "data": splits.fingerprint, "train_images": len(splits.train)},
@@ -202,26 +210,62 @@ def unlearn_record(
         "clean_images": len(splits.clean),
         "seed": seed,
     }
-    path = runs_dir() / "records" / f"{settings.dataset}-{settings.attack}-ibau-{key(described)}.json"
-    if path.exists():
+    path = kept({"settings": described}, ".json")
+    if path.exists():  # written last, so what lies beside it is whole
         return json.loads(path.read_text())
-    attacked = victim(settings, splits)
+    attacked = victim(settings, splits, progress=progress)
     before = attacked.record["measured"]
-    started = time.perf_counter()
-    result = unlearning.unlearn(attacked.model, splits.clean.images, splits.clean.labels, ibau_settings, seed)
-    seconds = time.perf_counter() - started
+    few = replace(splits, test=splits.test.take(torch.arange(min(1000, len(splits.test)))))
+    curve = [{"round": 0, **measure(attacked.model, few, attacked.trigger, settings.target)}]
+
+    def watch(model: nn.Module, history: list[dict]) -> None:
+        measured = measure(model, few, attacked.trigger, settings.target)
+        curve.append({"round": history[-1]["round"], **measured})
+
+    images, labels = splits.clean.images, splits.clean.labels
+    result = unlearning.unlearn(
+        attacked.model, images, labels, ibau_settings, seed, progress=progress, on_round=watch
+    )
     after = measure(result.model, splits, attacked.trigger, settings.target)
     record = {
         "settings": described,
         "before": before,
         "after": {**after, "der": rating(before, after)},
-        "seconds": seconds,
+        "seconds": sum(round_["seconds"] for round_ in result.history),
+        "training_seconds": attacked.record["training_seconds"],
         "peak_memory_mb": peak_memory_mb(),
         "history": result.history,
+        "curve": curve,
         "provenance": provenance(),
+        "victim_provenance": attacked.record["provenance"],
     }
+    models.save(result.model, path.with_suffix(".safetensors"), described)
+    save_file({"deltas": result.deltas}, path.with_suffix(".deltas"))
     write_json(path, record)
     return record
+
+
+def kept(record: dict, suffix: str) -> Path:
+    """The file kept beside a record: ".safetensors", the cleaned model, or ".deltas"."""
+    about = record["settings"]
+    stem = f"{about['victim']['dataset']}-{about['victim']['attack']}-{about['defence']}-{key(about)}"
+    return runs_dir() / "records" / f"{stem}{suffix}"
+
+
+def recorded(folder: Path | None = None) -> list[dict]:
+    """The records in `figures/data`, which the tables in README.md and the notebooks are drawn from."""
+    paths = sorted((folder or figures_dir() / "data").glob("*-ibau-*.json"))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def publish(record: dict) -> Path:
+    """Write a record to `figures/data`, under the name of its settings."""
+    return write_json(figures_dir() / "data" / kept(record, ".json").name, record)
+
+
+def figures_dir() -> Path:
+    """`figures/` of the checkout."""
+    return Path(ibau.__file__).resolve().parent.parent / "figures"
 
 
 def rating(before: dict, after: dict) -> dict | None:

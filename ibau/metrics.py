@@ -39,11 +39,12 @@ class Rate:
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
     """Predicted classes `(N,)`, on the CPU, for images `(N, 3, H, W)`, uint8 or in [0, 1]; in eval mode."""
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # a part may be frozen in eval mode
     model.eval()
     device = device_of(model)
     parts = [model(to_float(x.to(device))).argmax(1).cpu() for x in images.split(batch_size)]
-    model.train(was_training)
+    for module, training in modes:
+        module.training = training
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 

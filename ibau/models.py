@@ -32,9 +32,9 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-        if not self.training or x.device.type != "cpu" or not dense:
-            return super().forward(x)
         dropped = round(256 * self.p)
+        if not self.training or x.device.type != "cpu" or not dense or dropped == 256:
+            return super().forward(x)
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
         keep = words.view(torch.uint8)[: x.numel()] >= dropped
         return x * keep.as_strided(x.shape, x.stride()).to(x.dtype).mul_(256 / (256 - dropped))
@@ -171,15 +171,16 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no __iter__)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("Please file an issue")[0].strip().splitlines()
-        found = next((line for line in reason if "Unsupported" in line or "GLOBAL" in line), reason[0])
-        raise ModelError(
-            f"{path}: refused, because reading it would need more than plain tensors ({found.strip()}). "
-            "Expected: a state dict saved with torch.save(model.state_dict(), path), or safetensors."
-        ) from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ModelError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # a damaged file fails in torch's reader in as many ways as there are damages
+        reason = str(error)
+        found = next((line.strip() for line in reason.splitlines() if "unsupported" in line.lower()), None)
+        if isinstance(error, pickle.UnpicklingError) and found:
+            raise ModelError(
+                f"{path}: refused, because reading it would need more than plain tensors "
+                f"({found.split('. Please use')[0]}). "
+                "Expected: a state dict saved with torch.save(model.state_dict(), path), or safetensors."
+            ) from None
+        raise ModelError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
     return _unwrap(content, path)
 
 
@@ -237,4 +238,4 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
             f"{path}: entries that are not tensors: {_some(foreign)}; expected a state dict, bare or under "
             "'net', 'state_dict' or 'model'"
         )
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    return {str(key).removeprefix("module."): value for key, value in content.items()}

@@ -151,7 +151,20 @@ def check_options(profile, dataset, data_dir):
     if data_dir and not Path(data_dir).is_dir():
         raise UsageError(f"--data {data_dir}: no such folder")
     if not data_dir and dataset != EMBEDDED and not (cache_dir() / dataset).is_dir():
-        raise UsageError(f"{dataset} needs images on disk: name their folder with --data DIR")
+        raise UsageError(
+            f"{dataset} needs images on disk: name their folder with --data DIR, or add --download"
+        )
+
+
+def fetch(profile, dataset, data_dir):
+    """Download the data set of this profile, or `dataset`, into `data_dir` unless it is there already."""
+    from ibau import experiments
+    from ibau.datasets import DataError, load
+
+    try:
+        load(experiments.profile(profile, dataset).dataset, data_dir, download=True)
+    except (DataError, ValueError) as error:
+        raise UsageError(str(error)) from None
 
 
 def reproduce(notebooks, options, parameters, runs_dir, *, fresh=False):

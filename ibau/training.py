@@ -147,7 +147,8 @@ def _epoch(model, optimizer, images, labels, epoch: int, settings: TrainSettings
     device = images.device
     order = torch.randperm(len(images), device=device)
     # A last batch of one image would break BatchNorm, so a lone straggler is left out of this epoch.
-    batches = [b for b in order.split(settings.batch_size) if len(b) > 1 or len(images) == 1]
+    alone = len(images) == 1 or settings.batch_size == 1
+    batches = [b for b in order.split(settings.batch_size) if len(b) > 1 or alone]
     total_loss = torch.zeros((), device=device)
     correct = torch.zeros((), device=device)
     for index, batch in enumerate(batches):

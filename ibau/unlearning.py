@@ -40,7 +40,7 @@ class IBAUSettings:
     rounds: int = 10  # inner solves
     outer_steps: int = 10  # after each of them
     batch_size: int = 100  # clean images of an outer step
-    share: float = 0.05  # share of these that carries delta
+    share: float = 0.02  # share of these that carries delta
     lr: float = 5e-4  # of the outer Adam; falls to 0 along a cosine, so the last rounds mend accuracy
     radius: float = 10.0  # C: the l2 ball that delta may not leave; pixels are in [0, 1]
     inner_steps: int = 20  # ascent steps of an inner solve
@@ -262,15 +262,17 @@ def _checked(model: nn.Module, images: Tensor, labels: Tensor, device) -> tuple[
         )
     if len(images) < 2:
         raise ValueError(f"the clean set has {len(images)} images; unlearning needs at least 2")
-    if images.is_floating_point() and not (images.min() >= 0 and images.max() <= 1):
+    in_range = images.is_floating_point() and images.min() >= 0 and images.max() <= 1
+    if images.dtype != torch.uint8 and not in_range:
         raise ValueError(
-            f"images lie in [{images.min():.3g}, {images.max():.3g}]; expected uint8, or floats in [0, 1] "
-            "(put a normalisation into the model, as its first layer)"
+            f"images are {images.dtype} in [{images.min():.3g}, {images.max():.3g}]; expected uint8, "
+            "or floats in [0, 1] (put a normalisation into the model, as its first layer)"
         )
     with torch.inference_mode():
         logits = copy.deepcopy(model).eval()(to_float(images[:2]).to(device))
-    if logits.dim() != 2 or len(logits) != 2:
-        raise ValueError(f"the model's output for 2 images is {tuple(logits.shape)}; expected (2, classes)")
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
+        raise ValueError(f"the model's output for 2 images is {found}; expected (2, classes)")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(
             f"labels go from {labels.min()} to {labels.max()}; the model has {logits.shape[1]} classes"

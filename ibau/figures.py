@@ -1,0 +1,150 @@
+"""Small plots: `plot_x(ax, ...) -> ax` draws what it is given and computes nothing."""
+
+import matplotlib as mpl
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from ibau.metrics import Rate
+
+PALETTE = sns.color_palette("colorblind")
+RIGHT, ATTACKED, WRONG, MUTED = PALETTE[2], PALETTE[3], PALETTE[1], PALETTE[7]
+VERDICTS = {"right": RIGHT, "what the attacker wants": ATTACKED, "wrong otherwise": WRONG}
+
+
+def style() -> None:
+    """The one look of all figures: call it once, at the top of a notebook."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.85)
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 90,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "legend.frameon": False,
+        }
+    )
+
+
+def plot_image(ax: Axes, image: Tensor, title: str = "", colour=None) -> Axes:
+    """An image `(3, H, W)`, uint8 or in [0, 1]; with a frame and title in `colour` where one is given."""
+    ax.imshow(image.permute(1, 2, 0).cpu(), interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, color=colour or "black", fontsize="small")
+    ax.spines[:].set(visible=True, color=colour or "lightgrey", linewidth=3 if colour else 1)
+    return ax
+
+
+def plot_prediction(
+    ax: Axes, image: Tensor, label: int, predicted: int, wanted: int | None, classes: tuple[str, ...]
+) -> Axes:
+    """An image with what the model says, coloured by verdict; `wanted` is the attacker's label, if any."""
+    verdict = "right" if predicted == label else "wrong otherwise"
+    if wanted is not None and predicted == wanted != label:
+        verdict = "what the attacker wants"
+    return plot_image(ax, image, short(classes[predicted]), VERDICTS[verdict])
+
+
+def plot_verdicts(
+    axes, images: Tensor, labels: Tensor, predicted: Tensor, wanted: Tensor | None, classes: tuple[str, ...]
+):
+    """A row of images with their predictions, as plot_prediction draws one. Tensors have an entry an axis."""
+    for i, ax in enumerate(axes):
+        goal = None if wanted is None else int(wanted[i])
+        plot_prediction(ax, images[i], int(labels[i]), int(predicted[i]), goal, classes)
+    return axes
+
+
+def verdict_legend(figure: Figure) -> None:
+    """Below the figure: which colour means what."""
+    patches = [Patch(color=colour, label=verdict) for verdict, colour in VERDICTS.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches))
+
+
+def plot_rates(ax: Axes, rates: dict[str, dict[str, Rate]]) -> Axes:
+    """Bars with 95% intervals, in percent. `rates` is group -> bar -> Rate: {"ACC": {"before": ...}}."""
+    bars = list(next(iter(rates.values())))
+    width = 0.8 / len(bars)
+    for i, bar in enumerate(bars):
+        found = [group[bar] for group in rates.values()]
+        place = [g + (i - (len(bars) - 1) / 2) * width for g in range(len(rates))]
+        errors = [[100 * (r.value - r.low) for r in found], [100 * (r.high - r.value) for r in found]]
+        ax.bar(place, [100 * r.value for r in found], 0.9 * width, color=PALETTE[i], label=bar)
+        ax.errorbar(place, [100 * r.value for r in found], errors, fmt="none", ecolor="black", capsize=3)
+        for x, r in zip(place, found, strict=True):
+            ax.text(x, 100 * r.high + 2, f"{r.value:.1%}", ha="center", va="bottom", fontsize="small")
+    ax.set(xticks=range(len(rates)), xticklabels=rates, ylim=(0, 115), yticks=range(0, 101, 20))
+    ax.set_ylabel("%")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def plot_label_map(ax: Axes, wanted: dict[str, Tensor], classes: tuple[str, ...]) -> Axes:
+    """Which label the attacker wants (column) for images of each class (row).
+
+    `wanted` is trigger -> `(classes,)` labels; each trigger has its colour. Where the wanted label is the
+    true one there is nothing to attack: such a cell is grey and counts in no ASR.
+    """
+    for colour, (trigger, labels) in zip(PALETTE, wanted.items(), strict=False):
+        for true, label in enumerate(labels.tolist()):
+            attacked = label != true
+            ax.scatter(label, true, s=45, marker="s", color=colour if attacked else "lightgrey")
+        ax.scatter([], [], s=45, marker="s", color=colour, label=trigger)
+    n = len(classes)
+    step = 1 if n <= 10 else 10
+    ticks = range(0, n, step)
+    names = [short(classes[i], 5) for i in ticks]
+    ax.set(xlim=(-0.6, n - 0.4), ylim=(n - 0.4, -0.6), xticks=ticks, yticks=ticks, aspect="equal")
+    ax.set_yticklabels(names)
+    ax.set_xticklabels(names, rotation=90 if max(map(len, names)) > 2 else 0)
+    ax.set(xlabel="attacker's label", ylabel="true class")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), handletextpad=0)
+    return ax
+
+
+def plot_label_counts(ax: Axes, labels: Tensor, groups: dict[str, Tensor], classes: tuple[str, ...]) -> Axes:
+    """How many training images bear each label, clean ones at the bottom.
+
+    `labels` `(N,)` are those the victim sees; `groups` is trigger -> indices of its images.
+    """
+    clean = labels.bincount(minlength=len(classes))
+    counts = {name: labels[indices].bincount(minlength=len(classes)) for name, indices in groups.items()}
+    for count in counts.values():
+        clean = clean - count
+    places = range(len(classes))
+    ax.bar(places, clean, color=MUTED, label="clean")
+    bottom = clean
+    for colour, (name, count) in zip(PALETTE, counts.items(), strict=False):
+        ax.bar(places, count, bottom=bottom, color=colour, label=name)
+        bottom = bottom + count
+    ticks = list(places)[:: 1 if len(classes) <= 10 else 10]
+    names = [short(classes[i], 5) for i in ticks]
+    ax.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 2 else 0)
+    ax.set(xlabel="label in the training set", ylabel="images")
+    return ax
+
+
+def plot_splits(ax: Axes, rows: dict[str, dict[str, tuple[int, str]]]) -> Axes:
+    """Who sees which images. `rows` is split -> part -> (number of images, who sees it), drawn to scale."""
+    colour = iter(PALETTE)
+    for y, parts in enumerate(rows.values()):
+        left, total = 0.0, sum(count for count, _ in parts.values())
+        for name, (count, who) in parts.items():
+            share = count / total
+            ax.barh(y, share, 0.5, left=left, color=(*next(colour), 0.75), edgecolor="white", linewidth=2)
+            middle = left + share / 2
+            ax.text(middle, y, f"{name}\n{count:,}", ha="center", va="center", fontsize="small")
+            ax.text(middle, y + 0.3, who, ha="center", va="top", fontsize="small")
+            left += share
+    ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.25, -0.35), xlim=(0, 1), xticks=[])
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    return ax
+
+
+def short(name: str, length: int = 14) -> str:
+    """A class name that fits over a picture."""
+    return name if len(name) <= length else name[: length - 1] + "…"
