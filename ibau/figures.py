@@ -1,17 +1,23 @@
-"""Small plots: `plot_x(ax, ...) -> ax` draws what it is given and computes nothing."""
+"""Records and images -> axes and tables: `plot_x(ax, ...) -> ax` draws what it is given, trains nothing."""
+
+import re
+from pathlib import Path
+from statistics import mean, stdev
 
 import matplotlib as mpl
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from ibau import experiments
 from ibau.metrics import Rate
 
 PALETTE = sns.color_palette("colorblind")
-RIGHT, ATTACKED, WRONG, MUTED = PALETTE[2], PALETTE[3], PALETTE[1], PALETTE[7]
-VERDICTS = {"right": RIGHT, "what the attacker wants": ATTACKED, "wrong otherwise": WRONG}
+RIGHT, ATTACKED, MUTED = PALETTE[2], PALETTE[3], PALETTE[7]
+VERDICTS = {"right": RIGHT, "what the attacker wants": ATTACKED, "wrong otherwise": MUTED}
 
 
 def style() -> None:
@@ -86,22 +92,22 @@ def plot_label_map(ax: Axes, wanted: dict[str, Tensor], classes: tuple[str, ...]
     """Which label the attacker wants (column) for images of each class (row).
 
     `wanted` is trigger -> `(classes,)` labels; each trigger has its colour. Where the wanted label is the
-    true one there is nothing to attack: such a cell is grey and counts in no ASR.
+    true one, on the line, there is nothing to attack: such a cell is grey and counts in no ASR.
     """
+    n = len(classes)
+    size = min(45, 450 / n)  # points squared: marks of neighbouring classes should not touch much
     for colour, (trigger, labels) in zip(PALETTE, wanted.items(), strict=False):
         for true, label in enumerate(labels.tolist()):
             attacked = label != true
-            ax.scatter(label, true, s=45, marker="s", color=colour if attacked else "lightgrey")
+            ax.scatter(label, true, s=size, marker="s", color=colour if attacked else "lightgrey")
         ax.scatter([], [], s=45, marker="s", color=colour, label=trigger)
-    n = len(classes)
-    step = 1 if n <= 10 else 10
-    ticks = range(0, n, step)
-    names = [short(classes[i], 5) for i in ticks]
-    ax.set(xlim=(-0.6, n - 0.4), ylim=(n - 0.4, -0.6), xticks=ticks, yticks=ticks, aspect="equal")
-    ax.set_yticklabels(names)
-    ax.set_xticklabels(names, rotation=90 if max(map(len, names)) > 2 else 0)
+    ax.axline((0, 0), slope=1, color="lightgrey", linewidth=1, zorder=0)  # the true labels
+    ticks, names, rotation = _class_ticks(classes)
+    ax.set(xlim=(-0.6, n - 0.4), ylim=(n - 0.4, -0.6), aspect="equal")
+    ax.set_xticks(ticks, names, rotation=rotation)
+    ax.set_yticks(ticks, names)
     ax.set(xlabel="attacker's label", ylabel="true class")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), handletextpad=0)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45 if rotation else -0.2), handletextpad=0)
     return ax
 
 
@@ -120,9 +126,8 @@ def plot_label_counts(ax: Axes, labels: Tensor, groups: dict[str, Tensor], class
     for colour, (name, count) in zip(PALETTE, counts.items(), strict=False):
         ax.bar(places, count, bottom=bottom, color=colour, label=name)
         bottom = bottom + count
-    ticks = list(places)[:: 1 if len(classes) <= 10 else 10]
-    names = [short(classes[i], 5) for i in ticks]
-    ax.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 2 else 0)
+    ticks, names, rotation = _class_ticks(classes)
+    ax.set_xticks(ticks, names, rotation=rotation)
     ax.set(xlabel="label in the training set", ylabel="images")
     return ax
 
@@ -145,6 +150,97 @@ def plot_splits(ax: Axes, rows: dict[str, dict[str, tuple[int, str]]]) -> Axes:
     return ax
 
 
+def _class_ticks(classes: tuple[str, ...]) -> tuple[list[int], list[str], int]:
+    """Places, names and rotation of the ticks of an axis of classes; of many, every tenth by its number."""
+    if len(classes) > 10:
+        ticks = list(range(0, len(classes), 10))
+        return ticks, [str(i) for i in ticks], 0
+    names = [short(name, 5) for name in classes]
+    return list(range(len(classes))), names, 90 if max(map(len, names)) > 2 else 0
+
+
 def short(name: str, length: int = 14) -> str:
     """A class name that fits over a picture."""
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def signed(image: Tensor) -> Tensor:
+    """A perturbation `(3, H, W)` as a picture: zero becomes mid-grey, the largest value black or white."""
+    return 0.5 + 0.5 * image / image.abs().max().clamp_min(1e-12)
+
+
+def plot_rounds(ax: Axes, record: dict, *, legend: bool = True) -> Axes:
+    """ACC (solid) and ASR (dashed) after each round of one record, in percent; round 0 is before."""
+    curve = record["curve"]
+    rounds = [point["round"] for point in curve]
+    for name, colour, line in (("acc", RIGHT, "-"), ("asr", ATTACKED, "--")):
+        values = [100 * point[name]["value"] for point in curve]
+        ax.plot(rounds, values, line, color=colour, label=name.upper() if legend else None)
+    ax.set(xlabel="round", ylabel="%", ylim=(-3, 103))
+    if legend:
+        ax.legend(loc="center right")
+    return ax
+
+
+def results_table(records: list[dict]) -> pd.DataFrame:
+    """One row per setting, seeds together: ACC and ASR before and after, RA after, DER, all in percent.
+
+    Over several seeds a cell is mean ± standard deviation, for a single one the value with its 95% interval.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        about, victim = record["settings"], record["settings"]["victim"]
+        setting = {
+            "data set": victim["dataset"],
+            "attack": victim["attack"],
+            "training images": victim["train_images"],
+            "epochs": victim["training"]["epochs"],
+            "clean images": about["clean_images"],
+            "K": about["defence_settings"]["K"],
+        }
+        groups.setdefault(tuple(setting.items()), []).append(record)
+    rows = []
+    for setting, same in sorted(groups.items(), key=str):
+        cells = {
+            f"{name.upper()} {when}": _cell([record[when][name] for record in same])
+            for name, when in (
+                ("acc", "before"),
+                ("acc", "after"),
+                ("asr", "before"),
+                ("asr", "after"),
+                ("ra", "after"),
+                ("der", "after"),
+            )
+        }
+        rows.append({**dict(setting), "seeds": len(same), **cells})
+    return pd.DataFrame(rows)
+
+
+def _cell(rates: list[dict]) -> str:
+    values = [100 * rate["value"] for rate in rates]
+    if len(values) == 1:
+        return f"{values[0]:.1f} [{100 * rates[0]['low']:.1f}, {100 * rates[0]['high']:.1f}]"
+    return f"{mean(values):.1f} ± {stdev(values):.1f}"
+
+
+def results_markdown(records: list[dict]) -> str:
+    """README.md's results: the columns a newcomer needs of `results_table`, as a Markdown table."""
+    columns = ["data set", "attack", "clean images", "seeds"]
+    columns += ["ACC before", "ACC after", "ASR before", "ASR after"]
+    table = results_table(records)[columns]
+    lines = [columns, ["---"] * len(columns), *table.astype(str).values.tolist()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+RESULTS = re.compile(r"(<!-- results:.*?-->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def write_readme(readme: Path) -> None:
+    """Put `results_markdown` of the recorded runs between README.md's two marks."""
+    table = results_markdown(experiments.recorded())
+    text = RESULTS.sub(lambda found: f"{found[1]}{table}\n{found[2]}", readme.read_text(encoding="utf-8"))
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_readme(experiments.figures_dir().parent / "README.md")

@@ -88,6 +88,7 @@ class Hypergradient:
         return (_norm(self.implicit) / max(_norm(self.direct), 1e-30)).item()
 
 
+@torch.enable_grad()
 def implicit_hypergradient(
     outer: Callable[[Tensor, Sequence[Tensor]], Tensor],
     phi: Callable[[Tensor, Sequence[Tensor]], Tensor],
@@ -114,8 +115,7 @@ def implicit_hypergradient(
         zeros = tuple(torch.zeros_like(p) for p in params)
         return Hypergradient(tuple(direct), zeros, loss.item(), float("nan"), nothing)
 
-    with torch.enable_grad():
-        step = phi(delta, params)
+    step = phi(delta, params)
     stationarity = ((step - delta).norm() / delta.norm().clamp_min(1e-12)).item()
 
     def i_minus_jt(v: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ def defence_effectiveness_rating(
 ) -> Rate:
     """DER = (max(0, drop of ASR) - max(0, drop of ACC) + 1) / 2 (Zhu et al. 2023, FT-SAM), in [0, 1].
 
-    Half means nothing was won. The interval adds the four binomial variances, as if independent; where a
-    `max` clips it is the interval of the unclipped difference, cut to [0, 1].
+    Half means nothing was won. The interval adds the four binomial variances, as if they were independent and
+    no `max` clipped, and is cut to [0, 1].
     """
     rates = (acc_before, acc_after, asr_before, asr_after)
     value = (max(0, asr_before.value - asr_after.value) - max(0, acc_before.value - acc_after.value) + 1) / 2

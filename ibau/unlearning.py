@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ibau.hypergradient import Hypergradient, implicit_hypergradient, project_l2
 from ibau.models import device_of
@@ -122,6 +122,7 @@ def maximise(objective, delta: Tensor, *, radius: float, steps: int, phi) -> Per
     return Perturbation(delta.detach(), objective(delta).item(), stationarity)
 
 
+@torch.enable_grad()
 def unlearn(
     model: nn.Module,
     images: Tensor,
@@ -269,7 +270,8 @@ def _checked(model: nn.Module, images: Tensor, labels: Tensor, device) -> tuple[
             "or floats in [0, 1] (put a normalisation into the model, as its first layer)"
         )
     with torch.inference_mode():
-        logits = copy.deepcopy(model).eval()(to_float(images[:2]).to(device))
+        # A copy of the two: a model may work in place on what it is given.
+        logits = copy.deepcopy(model).eval()(to_float(images[:2]).to(device, copy=True))
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 2:
         raise ValueError(f"the model's output for 2 images is {found}; expected (2, classes)")

@@ -100,7 +100,9 @@ def test_fixed_point_survives_nan(maxiter):
     assert torch.equal(found.x, torch.zeros(3))
     assert found.residual == 1
     assert found.products <= 1
-    assert torch.equal(fixed_point(lambda x: x, torch.full((3,), math.nan), maxiter=maxiter).x, torch.zeros(3))
+    assert torch.equal(
+        fixed_point(lambda x: x, torch.full((3,), math.nan), maxiter=maxiter).x, torch.zeros(3)
+    )
 
 
 def test_fixed_point_keeps_the_shape_and_refuses_a_negative_maxiter():
@@ -109,7 +111,7 @@ def test_fixed_point_keeps_the_shape_and_refuses_a_negative_maxiter():
         fixed_point(lambda x: x, torch.ones(1), maxiter=-1)
 
 
-# ---- a quadratic bilevel problem: delta*(theta) = M^-1 B theta minimises delta^T M delta / 2 - delta^T B theta
+# ---- a quadratic bilevel problem: delta* = M^-1 B theta minimises delta^T M delta / 2 - delta^T B theta
 
 
 class Quadratic:

@@ -1,0 +1,369 @@
+"""Victims and records are made once, named by all that made them, and never half written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ibau import experiments, models, training
+from ibau.attacks import Trigger
+from ibau.datasets import DATASETS, ImageSet, Splits
+from ibau.experiments import PROFILES, VictimSettings, key, profile, unlearn_record, victim, write_json
+from ibau.models import ModelError
+from ibau.training import TrainSettings
+from ibau.unlearning import IBAUSettings
+
+TRAINING = TrainSettings(epochs=3, batch_size=16, precision="float32")
+SETTINGS = VictimSettings(
+    dataset="tint", target=2, width=0.125, train_size=60, training=TRAINING, poison_ratio=0.3
+)
+DEFENCE = IBAUSettings(rounds=2, outer_steps=2, batch_size=10, inner_steps=2, inner_images=4, K=1)
+
+
+def tint(seed, n):
+    """Images of three classes: the class's channel is bright."""
+    labels = torch.arange(n) % 3
+    images = torch.randint(0, 120, (n, 3, 32, 32), generator=torch.Generator().manual_seed(seed))
+    images[torch.arange(n), labels] += 100
+    return ImageSet(images.to(torch.uint8), labels)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    parts = {name: tint(i, n) for i, (name, n) in enumerate([("train", 60), ("clean", 15), ("heldout", 6)])}
+    return Splits("tint", **parts, test=tint(9, 30), classes=("r", "g", "b"), fingerprint="0123456789abcdef")
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("IBAU_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(experiments, "default_device", lambda: torch.device("cpu"))
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """A function after whose call training and unlearning are errors."""
+
+    def forbid():
+        def fail(*_, **__):
+            raise AssertionError("this was done before")
+
+        monkeypatch.setattr(experiments, "train", fail)
+        monkeypatch.setattr(experiments.unlearning, "unlearn", fail)
+
+    return forbid
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- victims
+
+
+def test_a_victim_is_trained_once(splits, runs, untrained):
+    first = victim(SETTINGS, splits)
+    kept = names(runs / "models")
+    assert [name.rsplit(".", 1)[1] for name in kept] == ["json", "safetensors", "trigger"]
+    untrained()
+    again = victim(SETTINGS, splits)
+    assert same(again.model, first.model)
+    assert not again.model.training
+    assert torch.equal(again.trigger.pattern, first.trigger.pattern)
+    assert again.record == json.loads(json.dumps(first.record))
+    assert names(runs / "models") == kept
+
+
+def test_a_victims_record_says_what_made_it(splits, runs):
+    made = victim(SETTINGS, splits)
+    about = made.record["settings"]
+    assert about["data"] == splits.fingerprint
+    assert (about["train_images"], about["target"], about["training"]["epochs"]) == (60, 2, 3)
+    (weights,) = (runs / "models").glob("*.safetensors")
+    assert models.read_settings(weights) == about
+    assert weights.name.startswith("tint-badnets-")
+    measured = made.record["measured"]
+    assert measured["acc"]["n"] == 30
+    assert measured["asr"]["n"] == measured["ra"]["n"] == 20  # without the target class
+    assert len(made.record["training"]) == 3
+    assert {"device", "torch", "ibau", "commit", "date"} <= set(made.record["provenance"])
+
+
+def test_a_clean_model_has_no_trigger_and_no_asr(splits, runs, untrained):
+    settings = replace(SETTINGS, attack="none")
+    made = victim(settings, splits)
+    assert made.trigger is None
+    assert made.record["measured"]["asr"] is made.record["measured"]["ra"] is None
+    assert not list((runs / "models").glob("*.trigger"))
+    untrained()
+    assert victim(settings, splits).trigger is None
+
+
+def test_an_attack_that_needs_a_model_gets_the_clean_one(splits, monkeypatch):
+    seen = {}
+
+    def make(attack, image_size, *, model, **offered):
+        seen.update(offered, model=model, image_size=image_size)
+        return Trigger(attack, "replace", torch.ones(3, 32, 32), torch.zeros(1, 32, 32))
+
+    monkeypatch.setattr(experiments, "make_trigger", make)
+    victim(replace(SETTINGS, attack="l2_inv"), splits)
+    clean = victim(replace(SETTINGS, attack="none", target=0), splits)
+    assert same(seen["model"], clean.model)
+    assert (seen["image_size"], seen["target"], seen["seed"]) == (32, 2, 0)
+
+
+OTHER = {
+    "dataset": "other",
+    "attack": "blend",
+    "target": "all-to-all",
+    "poison_ratio": 0.1,
+    "architecture": "preact_resnet18",
+    "width": 0.5,
+    "train_size": 30,
+    "training": replace(TRAINING, lr=2e-3),
+    "seed": 1,
+}
+
+
+def test_every_setting_names_another_victim(splits, runs, monkeypatch):
+    """No two settings may share a file; a setting added later must be added to OTHER."""
+    assert set(OTHER) == {field.name for field in fields(VictimSettings)}
+    monkeypatch.setattr(experiments, "train", lambda *_, **__: [])
+    stems = set()
+    variants = [SETTINGS, *(replace(SETTINGS, **{name: value}) for name, value in OTHER.items())]
+    for field in fields(TrainSettings):
+        value = getattr(TRAINING, field.name)
+        other = {"schedule": "constant", "augment": "crop", "precision": "auto"}.get(field.name)
+        variants.append(replace(SETTINGS, training=replace(TRAINING, **{field.name: other or 2 * value + 1})))
+    for settings in variants:
+        victim(settings, splits)
+    victim(SETTINGS, replace(splits, fingerprint="f" * 16))
+    victim(SETTINGS, replace(splits, train=splits.train.take(range(30))))
+    stems = {path.stem for path in (runs / "models").glob("*.json")}
+    assert len(stems) == len(variants) + 2
+
+
+def test_key_does_not_depend_on_order_but_on_the_format(monkeypatch):
+    assert key({"a": 1, "b": 2}) == key({"b": 2, "a": 1}) != key({"a": 1, "b": 3})
+    assert len(key({})) == 16
+    before = key({"a": 1})
+    monkeypatch.setattr(experiments, "FORMAT", experiments.FORMAT + 1)
+    assert key({"a": 1}) != before
+
+
+@pytest.fixture
+def dies_in_epoch(monkeypatch):
+    """A function that makes training raise KeyboardInterrupt as an epoch begins; epochs are counted."""
+    real, begun = training._epoch, []
+
+    def arm(number):
+        def epoch(*arguments):
+            if arguments[4] + 1 == number:
+                raise KeyboardInterrupt
+            begun.append(arguments[4] + 1)
+            return real(*arguments)
+
+        monkeypatch.setattr(training, "_epoch", epoch)
+        return begun
+
+    return arm
+
+
+def test_an_interrupted_training_goes_on(splits, runs, monkeypatch, tmp_path, dies_in_epoch):
+    undisturbed = victim(SETTINGS, splits)
+    monkeypatch.setenv("IBAU_RUNS", str(tmp_path / "second"))
+    dies_in_epoch(3)
+    with pytest.raises(KeyboardInterrupt):
+        victim(SETTINGS, splits)
+    assert [path.suffix for path in (tmp_path / "second" / "models").glob("*.checkpoint")]
+    assert not list((tmp_path / "second" / "models").glob("*.json"))
+    begun = dies_in_epoch(None)
+    begun.clear()
+    resumed = victim(SETTINGS, splits)
+    assert begun == [3]
+    assert same(resumed.model, undisturbed.model)
+    assert names(tmp_path / "second" / "models") == names(runs / "models")
+
+
+def test_a_death_between_training_and_the_note_trains_again(splits, runs, monkeypatch):
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiments, "write_json", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            victim(SETTINGS, splits)
+    assert len(victim(SETTINGS, splits).record["training"]) == 3
+
+
+def test_a_killed_experiment_goes_on(splits, runs):
+    program = f"""
+        import os, signal, sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        import test_experiments as t
+        real = t.training._epoch
+        def killed(*arguments):
+            if arguments[4] == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments)
+        t.training._epoch = killed
+        t.experiments.default_device = lambda: t.torch.device("cpu")
+        splits = t.Splits("tint", t.tint(0, 60), t.tint(1, 15), t.tint(2, 6), t.tint(9, 30),
+                          ("r", "g", "b"), "0123456789abcdef")
+        t.victim(t.SETTINGS, splits)
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program)])
+    assert result.returncode == -signal.SIGKILL
+    (checkpoint,) = (runs / "models").glob("*.checkpoint")
+    assert len(torch.load(checkpoint, weights_only=True)["history"]) == 2
+    assert len(victim(SETTINGS, splits).record["training"]) == 3
+    assert not checkpoint.exists()
+
+
+def test_a_damaged_victim_is_named(splits, runs):
+    victim(SETTINGS, splits)
+    (weights,) = (runs / "models").glob("*.safetensors")
+    weights.write_bytes(b"\0" * 100)
+    with pytest.raises(ModelError, match=weights.name):
+        victim(SETTINGS, splits)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"attack": "wanet"}, "unknown attack 'wanet'; valid: none, badnets, blend"),
+        ({"architecture": "vgg"}, "unknown architecture 'vgg'; valid: small_vgg, preact_resnet18"),
+    ],
+)
+def test_unknown_names_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        VictimSettings(**bad)
+
+
+# ---- records
+
+
+def test_an_unlearning_record_is_complete_and_made_once(splits, runs, untrained):
+    record = unlearn_record(SETTINGS, splits, DEFENCE, seed=1)
+    about = record["settings"]
+    assert (about["defence"], about["clean_images"], about["seed"]) == ("ibau", 15, 1)
+    assert about["defence_settings"]["rounds"] == 2
+    assert about["victim"]["data"] == splits.fingerprint
+    assert set(record["before"]) == {"acc", "asr", "ra"}
+    assert set(record["after"]) == {"acc", "asr", "ra", "der"}
+    assert all(set(rate) == {"value", "n", "low", "high"} for rate in record["after"].values())
+    assert record["before"]["acc"]["n"] == 30
+    assert len(record["history"]) == 2
+    assert [point["round"] for point in record["curve"]] == [0, 1, 2]
+    assert record["seconds"] > 0 and record["training_seconds"] > 0 and record["peak_memory_mb"] > 0
+    assert record["provenance"]["torch"] == torch.__version__
+    untrained()
+    assert unlearn_record(SETTINGS, splits, DEFENCE, seed=1) == json.loads(json.dumps(record)) == record
+
+
+def test_the_record_is_about_the_model_beside_it(splits, untrained):
+    record = unlearn_record(SETTINGS, splits, DEFENCE)
+    cleaned = models.load(experiments.kept(record, ".safetensors"), models.build("small_vgg", 3, 0.125))
+    attacked = victim(SETTINGS, splits)
+    assert not same(cleaned, attacked.model)
+    measured = experiments.measure(cleaned, splits, attacked.trigger, 2)
+    assert {**measured, "der": experiments.rating(record["before"], measured)} == record["after"]
+    assert record["before"] == attacked.record["measured"]
+    assert record["curve"][0]["acc"] == record["before"]["acc"]  # fewer than 1,000 test images: the same
+    assert record["curve"][-1]["asr"] == record["after"]["asr"]
+    deltas = load_file(experiments.kept(record, ".deltas"))["deltas"]
+    assert deltas.shape == (2, 3, 32, 32)
+    assert deltas.flatten(1).norm(dim=1).max() <= DEFENCE.radius * (1 + 1e-5)
+
+
+def test_every_change_makes_another_record(splits, runs):
+    unlearn_record(SETTINGS, splits, DEFENCE)
+    unlearn_record(SETTINGS, splits, replace(DEFENCE, K=2))
+    unlearn_record(SETTINGS, splits, DEFENCE, seed=1)
+    unlearn_record(SETTINGS, replace(splits, clean=splits.clean.take(range(9))), DEFENCE)
+    assert len(list((runs / "records").glob("tint-badnets-ibau-*.json"))) == 4
+    assert len(list((runs / "models").glob("*.json"))) == 1
+
+
+def test_a_clean_model_can_be_defended_too(splits):
+    record = unlearn_record(replace(SETTINGS, attack="none"), splits, DEFENCE)
+    assert record["after"]["der"] is record["after"]["asr"] is None
+    assert record["after"]["acc"]["n"] == 30
+
+
+def test_rating_by_hand():
+    def measured(acc, asr):
+        return {name: {"value": v, "n": 100, "low": 0, "high": 1} for name, v in (("acc", acc), ("asr", asr))}
+
+    assert experiments.rating(measured(0.8, 0.9), measured(0.7, 0.1))["value"] == pytest.approx(0.85)
+
+
+# ---- profiles, headline, files
+
+
+def test_profiles():
+    assert set(PROFILES) == {"quick", "desk", "paper"}
+    assert all(chosen.dataset in DATASETS for chosen in PROFILES.values())
+    assert profile("quick").dataset == "mnist5k"
+    assert profile("desk", "") is PROFILES["desk"]
+    gtsrb = profile("desk", "gtsrb")
+    assert (gtsrb.dataset, gtsrb.training) == ("gtsrb", PROFILES["desk"].training)
+    assert profile("paper", "mnist5k").clean_size == 500  # its test split has no more to give
+    assert PROFILES["paper"].training.epochs == 50
+    with pytest.raises(ValueError, match="unknown profile 'fast'; valid: quick, desk, paper"):
+        profile("fast")
+
+
+def test_the_headline_is_the_mean_over_the_records(runs):
+    def record(before, after):
+        rates = [{n: {"value": v} for n, v in zip(("acc", "asr"), m, strict=True)} for m in (before, after)]
+        victim_settings = {"dataset": "mnist5k", "attack": "badnets"}
+        return {"settings": {"victim": victim_settings}, "before": rates[0], "after": rates[1]}
+
+    path = experiments.write_headline(
+        "quick", [record((0.9, 1.0), (0.88, 0.02)), record((0.92, 0.98), (0.9, 0.0))]
+    )
+    assert path == runs / "quick" / "headline.json"
+    assert json.loads(path.read_text()) == {
+        "dataset": "mnist5k",
+        "attack": "badnets",
+        "n_seeds": 2,
+        "acc_before": pytest.approx(0.91),
+        "acc_after": pytest.approx(0.89),
+        "asr_before": pytest.approx(0.99),
+        "asr_after": pytest.approx(0.01),
+    }
+
+
+def test_runs_dir_follows_the_environment(tmp_path, monkeypatch, root):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IBAU_RUNS", "here")
+    assert experiments.runs_dir() == tmp_path / "here"
+    monkeypatch.delenv("IBAU_RUNS")
+    assert experiments.runs_dir() == (root if (root / "notebooks").is_dir() else tmp_path) / "runs"
+
+
+def test_write_json_writes_whole_files_only(tmp_path, monkeypatch):
+    path = write_json(tmp_path / "new" / "a.json", {"version": 1})
+    assert json.loads(path.read_text()) == {"version": 1}
+    with pytest.raises(TypeError):
+        write_json(path, {"version": 2, "list": [1] * 10_000, "tensor": torch.ones(1)})
+    monkeypatch.setattr(experiments.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"version": 3})
+    assert json.loads(path.read_text()) == {"version": 1}
+    assert names(path.parent) == ["a.json"]

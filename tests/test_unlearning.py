@@ -1,0 +1,361 @@
+"""I-BAU keeps to its ball, leaves the given model alone, refuses bad input, and removes a real backdoor."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import ibau
+from ibau import metrics, models
+from ibau.attacks import badnets, poison
+from ibau.datasets import load
+from ibau.hypergradient import project_l2
+from ibau.training import TrainSettings, train
+from ibau.unlearning import IBAUSettings, UnlearningError, inner_objective, maximise, unlearn
+
+SMALL = IBAUSettings(rounds=2, outer_steps=3, batch_size=8, inner_steps=5, inner_images=6, K=2)
+HISTORY = {
+    "round",
+    "inner_loss",
+    "delta_norm",
+    "stationarity",
+    "outer_loss",
+    "implicit_over_direct",
+    "residual",
+    "contraction",
+    "inner_seconds",
+    "seconds",
+}
+
+
+def network(channels=3, classes=4, seed=0):
+    """A tiny classifier with BatchNorm and dropout, for images of any size."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(channels, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            nn.ELU(inplace=True),
+            nn.Dropout(0.2),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(24, classes),
+        )
+
+
+@pytest.fixture
+def model():
+    model = network()
+    torch.manual_seed(0)
+    model(torch.rand(16, 3, 8, 8))  # running statistics that are not the initial ones
+    return model.eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (20, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+
+
+@pytest.fixture
+def labels():
+    return torch.arange(20) % 4
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- what it leaves alone and what it gives back
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_given_model_is_left_as_it_was(model, images, labels, training):
+    model.train(training)
+    model[3].eval()  # a part in another mode than the whole
+    model[0].weight.requires_grad_(False)
+    model[6].weight.grad = torch.ones_like(model[6].weight)
+    before = copy.deepcopy(model)
+    kept = [copy.deepcopy((p.requires_grad, p.grad)) for p in model.parameters()]
+    inputs = images.clone(), labels.clone()
+    result = unlearn(model, images, labels, SMALL)
+    assert same(model, before)
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    for parameter, (requires_grad, grad) in zip(model.parameters(), kept, strict=True):
+        assert parameter.requires_grad == requires_grad
+        assert parameter.grad is None if grad is None else torch.equal(parameter.grad, grad)
+    assert torch.equal(images, inputs[0]) and torch.equal(labels, inputs[1])
+    assert result.model is not model
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in result.model.parameters()}
+
+
+def test_every_weight_moves_and_no_statistic_does(model, images, labels):
+    cleaned = unlearn(model, images, labels, SMALL).model
+    assert not any(m.training for m in cleaned.modules())
+    for (name, before), after in zip(model.named_parameters(), cleaned.parameters(), strict=True):
+        assert not torch.equal(before, after), name
+    for (name, before), after in zip(model.named_buffers(), cleaned.buffers(), strict=True):
+        assert torch.equal(before, after), name
+
+
+def test_a_model_in_train_mode_gives_the_same_result(model, images, labels):
+    first = unlearn(model, images, labels, SMALL).model
+    assert same(unlearn(model.train(), images, labels, SMALL).model, first)
+
+
+def test_the_same_seed_gives_the_same_result_whatever_the_global_generator(model, images, labels):
+    torch.manual_seed(1)
+    first = unlearn(model, images, labels, SMALL, seed=3)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    again = unlearn(model, images, labels, SMALL, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(first.model, again.model)
+    assert torch.equal(first.deltas, again.deltas)
+    assert not same(first.model, unlearn(model, images, labels, SMALL, seed=4).model)
+
+
+def test_uint8_and_float_images_are_the_same(model, images, labels):
+    first = unlearn(model, images, labels, SMALL)
+    assert same(unlearn(model, images.float() / 255, labels, SMALL).model, first.model)
+
+
+def test_the_history_has_a_line_a_round(model, images, labels):
+    rounds = []
+    result = unlearn(model, images, labels, SMALL, on_round=lambda m, h: rounds.append((m, len(h))))
+    assert [line["round"] for line in result.history] == [1, 2]
+    assert all(set(line) == HISTORY for line in result.history)
+    assert all(math.isfinite(value) for line in result.history for value in line.values())
+    assert rounds == [(result.model, 1), (result.model, 2)]
+    assert result.deltas.shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("radius", [0.01, 1.0, 10.0])
+def test_delta_stays_in_its_ball(model, images, labels, radius):
+    result = unlearn(model, images, labels, replace(SMALL, radius=radius, inner_steps=30))
+    for delta, line in zip(result.deltas, result.history, strict=True):
+        assert delta.norm() <= radius * (1 + 1e-5)
+        assert line["delta_norm"] == pytest.approx(delta.norm().item(), rel=1e-5)
+        assert 0 <= line["stationarity"] < 1
+
+
+def test_more_inner_steps_come_closer_to_a_stationary_point(model, images, labels):
+    few, many = (
+        unlearn(model, images, labels, replace(SMALL, rounds=1, inner_steps=steps, radius=2.0)).history[0]
+        for steps in (2, 100)
+    )
+    assert many["stationarity"] < few["stationarity"] / 10
+    assert many["inner_loss"] >= few["inner_loss"]
+
+
+def test_without_k_the_implicit_term_is_left_out(model, images, labels):
+    solved = replace(SMALL, inner_steps=50, radius=2.0)  # else the series may diverge, and is left out too
+    without = unlearn(model, images, labels, replace(solved, K=0))
+    assert [line["implicit_over_direct"] for line in without.history] == [0, 0]
+    with_it = unlearn(model, images, labels, solved)
+    assert all(line["implicit_over_direct"] > 0 for line in with_it.history)
+    assert all(line["residual"] < 1 for line in with_it.history)
+    assert not same(without.model, with_it.model)
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "classes", "n"), [(1, (8, 8), 4, 20), (3, (5, 9), 2, 7), (4, (6, 6), 4, 2)]
+)
+def test_any_classifier_of_images_will_do(channels, size, classes, n):
+    images = torch.rand(n, channels, *size)
+    result = unlearn(network(channels, classes), images, torch.arange(n) % classes, SMALL)
+    assert result.deltas.shape == (2, channels, *size)
+    assert result.model(images).shape == (n, classes)
+
+
+def test_any_module_will_do():
+    class Own(nn.Module):
+        """Normalises first, shares a weight between two uses, and changes its input in place."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.full((3, 1, 1), 0.5))
+            self.layer = nn.Linear(12, 12)
+            self.head = nn.Linear(12, 3)
+
+        def forward(self, images):
+            x = images.sub_(self.mean).flatten(1)
+            return self.head(self.layer(torch.tanh(self.layer(x))))
+
+    images, labels = torch.rand(9, 3, 2, 2), torch.arange(9) % 3
+    before = images.clone()
+    result = unlearn(Own(), images, labels, SMALL)
+    assert len(result.history) == 2
+    assert torch.equal(images, before)
+
+
+def test_the_package_offers_it_at_the_top():
+    assert ibau.unlearn is unlearn
+    assert ibau.IBAUSettings is IBAUSettings
+
+
+# ---- the inner problem
+
+
+def test_maximise_finds_the_maximum_of_a_linear_objective_on_the_ball():
+    torch.manual_seed(0)
+    g, radius = torch.randn(1, 3, 6, 6), 3.0
+
+    def objective(delta):
+        return (g * delta).sum()
+
+    start = 0.01 * torch.randn_like(g)
+    found = maximise(objective, start, radius=radius, steps=50, phi=lambda d: project_l2(d + 0.1 * g, radius))
+    assert found.loss == pytest.approx(radius * g.norm().item(), rel=1e-4)
+    assert found.delta.norm().item() == pytest.approx(radius, rel=1e-5)
+    assert found.stationarity < 1e-3
+    torch.testing.assert_close(found.delta, radius * g / g.norm(), rtol=0, atol=1e-2)
+    assert not found.delta.requires_grad
+    assert not start.requires_grad
+
+
+def test_maximise_comes_to_rest_at_a_maximum_inside_the_ball():
+    torch.manual_seed(0)
+    peak = torch.randn(1, 3, 4, 4)
+    peak *= 2 / peak.norm()
+
+    def phi(delta):
+        return project_l2(delta + 0.5 * (peak - delta), 10.0)
+
+    found = maximise(
+        lambda d: -((d - peak) ** 2).sum() / 2, 0.01 * peak.flip(3), radius=10.0, steps=200, phi=phi
+    )
+    assert found.stationarity < 0.02
+    assert (found.delta - peak).norm() < 0.05
+    assert found.stationarity == pytest.approx(
+        ((phi(found.delta) - found.delta).norm() / found.delta.norm()).item()
+    )
+
+
+def test_a_flat_objective_moves_nothing():
+    start = torch.ones(1, 1, 2, 2)
+    found = maximise(lambda d: (0 * d).sum(), start, radius=5.0, steps=5, phi=lambda d: d * 1)
+    assert torch.equal(found.delta, start)
+    assert found.stationarity == 0
+
+
+def test_the_inner_objective_is_the_cross_entropy_of_the_perturbed_images_uncut(model, images, labels):
+    x, delta = images / 255, torch.full((1, 3, 8, 8), 0.7)
+    params = {name: p + 0.1 for name, p in model.named_parameters()}
+    moved = copy.deepcopy(model)
+    for p in moved.parameters():
+        p.data += 0.1
+    expected = nn.functional.cross_entropy(moved(x + delta), labels)
+    torch.testing.assert_close(inner_objective(model, params, delta, x, labels), expected)
+
+
+# ---- what it refuses
+
+
+def test_a_clean_set_that_cannot_be_used_is_refused(model, images, labels):
+    for bad, message in [
+        ((images.float(), labels), r"images are torch.float32 in \[0, 255\]; expected uint8, or floats"),
+        ((images / 255 - 0.1, labels), r"in \[-0.1, 0.9\]; expected"),
+        ((images / 0, labels), "expected uint8, or floats"),
+        ((images.long(), labels), "images are torch.int64"),
+        ((images[:1], labels[:1]), "has 1 images; unlearning needs at least 2"),
+        ((images[:0], labels[:0]), "has 0 images"),
+        ((images, labels[:5]), r"images \(20, 3, 8, 8\) and labels \(5,\)"),
+        ((images, labels[:, None]), r"labels \(20, 1\) must be \(N, C, H, W\) and \(N,\)"),
+        ((images[0], labels), r"images \(3, 8, 8\)"),
+        ((images, labels + 1), "labels go from 1 to 4; the model has 4 classes"),
+        ((images, labels - 1), "labels go from -1 to 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            unlearn(model, *bad, SMALL)
+
+
+class Output(nn.Module):
+    def __init__(self, output):
+        super().__init__()
+        self.weight, self.output = nn.Parameter(torch.zeros(1)), output
+
+    def forward(self, images):
+        return self.output(images + 0 * self.weight)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda x: x, r"is \(2, 3, 8, 8\); expected \(2, classes\)"),
+        (lambda x: x.mean((1, 2, 3)), r"is \(2,\)"),
+        (lambda x: x.mean((0, 2, 3))[None], r"is \(1, 3\)"),
+        (lambda x: (x.mean((2, 3)), x), "is tuple"),
+    ],
+)
+def test_a_model_that_is_no_classifier_is_refused(images, labels, output, message):
+    with pytest.raises(ValueError, match=message):
+        unlearn(Output(output), images, labels, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        *(
+            ({name: 0}, f"{name} is 0; it must be positive")
+            for name in ("rounds", "outer_steps", "radius", "inner_steps", "inner_images", "batch_size")
+        ),
+        ({"lr": -1e-3}, "lr is -0.001"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"phi_step": 0.0}, "phi_step is 0.0"),
+        ({"K": -1}, "K is -1; it must not be negative"),
+        ({"tol": -0.1}, "tol is -0.1"),
+        ({"share": 0.0}, r"share is 0.0; it must lie in \(0, 1\]"),
+        ({"share": 1.1}, "share is 1.1"),
+    ],
+)
+def test_bad_settings_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        IBAUSettings(**bad)
+
+
+def test_the_edges_of_the_settings_work(model, images, labels):
+    settings = IBAUSettings(
+        rounds=1, outer_steps=1, batch_size=1000, share=1.0, inner_steps=1, inner_images=1000, K=0
+    )
+    unlearn(model, images, labels, settings)
+    unlearn(model, images, labels, replace(settings, batch_size=1, inner_images=1, share=1e-6, K=1))
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_a_rate_beyond_reason_is_an_error_and_the_model_stays(model, images, labels, k):
+    before = copy.deepcopy(model)
+    with pytest.raises(UnlearningError, match=r"try a lower rate than lr=1e\+30"):
+        unlearn(model, images, labels, replace(SMALL, lr=1e30, K=k))
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_a_model_that_returns_nan_is_an_error(images, labels, k):
+    with pytest.raises(UnlearningError, match="the outer loss became nan"):
+        unlearn(Output(lambda x: x.mean((2, 3)) * math.nan), images, labels % 3, replace(SMALL, K=k))
+
+
+# ---- what it is for
+
+
+def test_it_removes_a_real_backdoor():
+    """A small network on real digits: the backdoor goes, and the digits are still read."""
+    splits, trigger, target = load("mnist5k", train_size=1500), badnets(), 8
+    victim = models.build("small_vgg", 10, width=0.25)
+    poisoned = poison(splits.train, trigger, ratio=0.2, target=target, num_classes=10).data
+    train(victim, poisoned, TrainSettings(epochs=8, batch_size=64, lr=2e-3, precision="float32"))
+    test = splits.test.take(range(500))
+    assert metrics.accuracy(victim, test.images, test.labels).value >= 0.85
+    assert metrics.attack_success_rate(victim, test.images, test.labels, trigger, target, 10).value >= 0.95
+
+    settings = IBAUSettings(rounds=7, K=2, lr=2e-3, inner_images=30, batch_size=50, share=0.2)
+    result = unlearn(victim, splits.clean.images, splits.clean.labels, settings)
+    assert metrics.accuracy(result.model, test.images, test.labels).value >= 0.85
+    asr = metrics.attack_success_rate(result.model, test.images, test.labels, trigger, target, 10)
+    assert asr.value <= 0.2
+    assert all(line["stationarity"] < 0.25 for line in result.history)
+    assert all(line["delta_norm"] == pytest.approx(10, rel=1e-3) for line in result.history)
