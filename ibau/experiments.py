@@ -58,7 +58,7 @@ class Profile:
     """How much to compute: see the table in README.md."""
 
     dataset: str
-    clean_size: int
+    clean_size: int | None  # None: the data set's default, see datasets.CLEAN_SIZE
     width: float
     training: TrainSettings
 
@@ -76,10 +76,8 @@ def profile(name: str, dataset: str = "") -> Profile:
         raise ValueError(f"unknown profile {name!r}; valid: {', '.join(PROFILES)}")
     chosen = PROFILES[name]
     if dataset and dataset != chosen.dataset:
-        # Another data set keeps the profile's effort, but a clean set no larger than its test split allows.
-        chosen = replace(
-            chosen, dataset=dataset, clean_size=500 if dataset == "mnist5k" else chosen.clean_size
-        )
+        # The profile's effort stays; how many clean images there are to have is the data set's matter.
+        chosen = replace(chosen, dataset=dataset, clean_size=None)
     return chosen
 
 
