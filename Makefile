@@ -29,7 +29,7 @@ lint: $(INSTALLED)  ## check style and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-figures: $(INSTALLED)  ## redraw the README's results from the records in figures/data
+figures: $(INSTALLED)  ## redraw figures/ and the README's results from figures/data
 	@$(BIN)/python -m ibau.figures
 
 bench-training: $(INSTALLED)  ## time a training epoch, variant by variant, into figures/data

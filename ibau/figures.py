@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -242,5 +243,22 @@ def write_readme(readme: Path) -> None:
     readme.write_text(text, encoding="utf-8")
 
 
+def draw_rounds(records: list[dict], path: Path) -> None:
+    """ACC and ASR round by round, a panel a data set, all its seeds in it; PNG and SVG."""
+    style()
+    names = sorted({record["settings"]["victim"]["dataset"] for record in records})
+    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.6), sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        same = [record for record in records if record["settings"]["victim"]["dataset"] == name]
+        for i, record in enumerate(same):
+            plot_rounds(ax, record, legend=i == 0)
+        ax.set_title(f"{name}, {len(same)} seed{'s' * (len(same) > 1)}")
+    mpl.rcParams["svg.hashsalt"] = "ibau"  # the same picture gives the same file
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    plt.close(figure)
+
+
 if __name__ == "__main__":
+    draw_rounds(experiments.recorded(), experiments.figures_dir() / "rounds")
     write_readme(experiments.figures_dir().parent / "README.md")
