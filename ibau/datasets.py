@@ -70,7 +70,7 @@ class Splits:
 
     clean is the first `clean_size` images of the defender's half; heldout is the rest of it and may be empty.
     fingerprint: 16 hex digits of a SHA-256 over the pixels, labels and class names of the whole data set. It
-    does not depend on seed, train_size or clean_size: record those next to it.
+    does not depend on seed, train_size or clean_size: record those next to it. seed: that of the split.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Splits:
     test: ImageSet
     classes: tuple[str, ...]
     fingerprint: str
+    seed: int = 0
 
 
 def load(
@@ -133,6 +134,7 @@ def load(
         test=whole.test.take(order[half:]),
         classes=whole.classes,
         fingerprint=fingerprint,
+        seed=seed,
     )
 
 

@@ -25,21 +25,37 @@ from torch import nn
 
 import ibau
 from ibau import metrics, models, unlearning
-from ibau.attacks import ATTACKS, Trigger, make_trigger, needs_model, poison
+from ibau.attacks import (
+    ALL_TO_ALL,
+    ATTACKS,
+    Poisoned,
+    Trigger,
+    make_trigger,
+    needs_model,
+    poison,
+    poison_several,
+    stealth,
+    strength_of,
+)
 from ibau.datasets import Splits
 from ibau.training import TrainSettings, train
 
-FORMAT = 1  # raise when records or victims of older code should not be taken for new ones
+FORMAT = 2  # raise when records or victims of older code should not be taken for new ones
 
 
 @dataclass(frozen=True)
 class VictimSettings:
-    """Everything that makes a victim model. `attack` "none" trains on clean data."""
+    """Everything that makes a victim model, but for the data set's own content and split.
+
+    `attack` is one of ATTACKS, several of them joined by "+", each of which then has a target class of its
+    own (`target`, target + 1, ... modulo the classes), or "none", which trains on clean data.
+    """
 
     dataset: str = "mnist5k"
     attack: str = "badnets"
     target: int | str = 8  # the I-BAU authors' target class for BadNets; or "all-to-all"
-    poison_ratio: float = 0.2  # share of the whole training set, the paper's
+    poison_ratio: float = 0.2  # share of the whole training set, the paper's; several triggers divide it
+    strength: float | None = None  # of a single attack, see attacks.STRENGTHS; None: the attack's default
     architecture: str = "small_vgg"
     width: float = 1.0
     train_size: int | None = None  # None: the whole training set
@@ -47,10 +63,27 @@ class VictimSettings:
     seed: int = 0
 
     def __post_init__(self):
-        if self.attack not in ("none", *ATTACKS):
-            raise ValueError(f"unknown attack {self.attack!r}; valid: none, {', '.join(ATTACKS)}")
+        unknown = [name for name in self.attacks if name not in ATTACKS]
+        if unknown:
+            valid = f"none, {', '.join(ATTACKS)}, or several of these joined by +"
+            raise ValueError(f"unknown attack {unknown[0]!r}; valid: {valid}")
+        if self.strength is not None and len(self.attacks) != 1:
+            raise ValueError(f"strength is of one attack; {self.attack!r} takes None")
+        if len(self.attacks) > 1 and self.target == ALL_TO_ALL:
+            raise ValueError(f"several attacks have a target class each; {ALL_TO_ALL!r} takes one attack")
         if self.architecture not in models.MODELS:
             raise ValueError(f"unknown architecture {self.architecture!r}; valid: {', '.join(models.MODELS)}")
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        """The names of the attacks; none for a clean model."""
+        return () if self.attack == "none" else tuple(self.attack.split("+"))
+
+    def targets(self, num_classes: int) -> tuple[int | str, ...]:
+        """The target of each of the attacks."""
+        if len(self.attacks) < 2:
+            return (self.target,) * len(self.attacks)
+        return tuple((self.target + i) % num_classes for i in range(len(self.attacks)))
 
 
 @dataclass(frozen=True)
@@ -65,9 +98,30 @@ class Profile:
 
 PROFILES = {
     "quick": Profile("mnist5k", 500, 0.5, TrainSettings(epochs=10)),
-    "desk": Profile("cifar10", 5000, 1.0, TrainSettings(epochs=10)),
+    "desk": Profile("cifar10", 5000, 1.0, TrainSettings(epochs=5)),
     "paper": Profile("cifar10", 5000, 1.0, TrainSettings(epochs=50)),
 }
+
+
+# The settings every table has: label -> attack and target. The targets are the I-BAU authors' where known.
+STANDARD: dict[str, tuple[str, int | str]] = {
+    "BadNets": ("badnets", 8),
+    "Blend": ("blend", 1),
+    "Trojan square": ("trojan_square", 2),
+    "Trojan watermark": ("trojan_watermark", 2),
+    "l0-inv": ("l0_inv", 0),
+    "l2-inv": ("l2_inv", 0),
+    "Smooth": ("smooth", 6),
+    "all-to-all": ("badnets", ALL_TO_ALL),
+    "seven triggers": ("+".join(ATTACKS), 0),
+}
+
+
+def standard_victims(effort: Profile, **other) -> dict[str, VictimSettings]:
+    """The clean model and the STANDARD attacks at this effort; `other` settings hold for all of them."""
+    common = {"dataset": effort.dataset, "width": effort.width, "training": effort.training, **other}
+    attacked = {label: VictimSettings(attack=a, target=t, **common) for label, (a, t) in STANDARD.items()}
+    return {"clean": VictimSettings(attack="none", target=0, **common), **attacked}
 
 
 def profile(name: str, dataset: str = "") -> Profile:
@@ -81,13 +135,21 @@ def profile(name: str, dataset: str = "") -> Profile:
     return chosen
 
 
+Attacks = tuple[tuple[Trigger, int | str], ...]  # triggers and their targets
+
+
 @dataclass(frozen=True, eq=False)
 class Victim:
-    """A trained model, the trigger it obeys (None for a clean model), and the record of its making."""
+    """A trained model, the triggers it obeys with their targets, and the record of its making."""
 
     model: nn.Module
-    trigger: Trigger | None
+    attacks: Attacks  # empty for a clean model
     record: dict
+
+    @property
+    def trigger(self) -> Trigger | None:
+        """The first trigger; None for a clean model."""
+        return self.attacks[0][0] if self.attacks else None
 
 
 def runs_dir() -> Path:
@@ -115,34 +177,28 @@ def victim(settings: VictimSettings, splits: Splits, *, progress: bool = False) 
     `splits` must be the data set that the settings name, with its whole training set or the first
     `train_size` images of it. An interrupted training goes on where it stopped.
     """
-    described = {**asdict(settings), "data": splits.fingerprint, "train_images": len(splits.train)}
+    described = describe(settings, splits)
     folder = runs_dir() / "models"
-    stem = f"{settings.dataset}-{settings.attack}-{key(described)}"
-    weights, trigger_file, note = (folder / f"{stem}{end}" for end in (".safetensors", ".trigger", ".json"))
+    stem = victim_stem(described)
+    weights, note = folder / f"{stem}.safetensors", folder / f"{stem}.json"
+    trigger_files = [folder / f"{stem}.{name}.trigger" for name in settings.attacks]
+    targets = settings.targets(len(splits.classes))
     model = models.build(settings.architecture, len(splits.classes), settings.width, settings.seed)
     device = default_device()
-    if note.exists():  # written last, so the other two are whole
-        trigger = Trigger.load(trigger_file) if settings.attack != "none" else None
-        return Victim(models.load(weights, model).to(device), trigger, json.loads(note.read_text()))
+    if note.exists():  # written last, so the others are whole
+        triggers = [Trigger.load(file) for file in trigger_files]
+        attacks = tuple(zip(triggers, targets, strict=True))
+        return Victim(models.load(weights, model).to(device), attacks, json.loads(note.read_text()))
 
     started = time.perf_counter()
-    data, trigger = splits.train, None
-    if settings.attack != "none":
-        trigger = _trigger(settings, splits, progress=progress)
-        data = poison(
-            data,
-            trigger,
-            ratio=settings.poison_ratio,
-            target=settings.target,
-            num_classes=len(splits.classes),
-            seed=settings.seed,
-        ).data
-        folder.mkdir(parents=True, exist_ok=True)
-        trigger.save(trigger_file)
+    attacks = _make_attacks(settings, splits, targets, progress=progress)
     trigger_seconds = time.perf_counter() - started
+    for (trigger, _), file in zip(attacks, trigger_files, strict=True):
+        trigger.save(file)
+    poisoned = poison_with(attacks, settings, splits)
     history = train(
         model.to(device),
-        data,
+        poisoned.data if poisoned else splits.train,
         settings.training,
         seed=settings.seed,
         checkpoint=folder / f"{stem}.checkpoint",
@@ -151,39 +207,83 @@ def victim(settings: VictimSettings, splits: Splits, *, progress: bool = False) 
     models.save(model, weights, described)
     record = {
         "settings": described,
-        "measured": measure(model, splits, trigger, settings.target),
+        "measured": measure(model, splits, attacks),
+        "attacks": [_about(*attack, model, splits) for attack in attacks],
         "trigger_seconds": trigger_seconds,
         "training_seconds": sum(epoch["seconds"] for epoch in history),
         "training": history,
         "provenance": provenance(),
     }
     write_json(note, record)
-    return Victim(model, trigger, record)
+    return Victim(model, attacks, record)
 
 
-def _trigger(settings: VictimSettings, splits: Splits, *, progress: bool) -> Trigger:
-    """The trigger these settings ask for; one that is optimised gets the clean model trained the same way."""
+def victim_stem(described: dict) -> str:
+    """The name a victim's files share, from what `describe` gave."""
+    count = described["attack"].count("+") + 1
+    attack = described["attack"] if count == 1 else f"{count}-triggers"
+    return f"{described['dataset']}-{attack}-{key(described)}"
+
+
+def describe(settings: VictimSettings, splits: Splits) -> dict:
+    """The settings with what identifies the data they were used on: what a victim's file is named by."""
+    data = {"data": splits.fingerprint, "split_seed": splits.seed, "train_images": len(splits.train)}
+    return {**asdict(settings), **data}
+
+
+def poison_with(attacks: Attacks, settings: VictimSettings, splits: Splits) -> Poisoned | None:
+    """The training set as the victim of these attacks sees it; None where there are none."""
+    about = {"ratio": settings.poison_ratio, "num_classes": len(splits.classes), "seed": settings.seed}
+    if len(attacks) > 1:
+        triggers, targets = zip(*attacks, strict=True)
+        return poison_several(splits.train, triggers, targets, **about)
+    return poison(splits.train, attacks[0][0], target=attacks[0][1], **about) if attacks else None
+
+
+def _make_attacks(settings: VictimSettings, splits: Splits, targets, *, progress: bool) -> Attacks:
+    """The triggers these settings ask for; those that are optimised get the clean model trained alike."""
     clean_model = None
-    if needs_model(settings.attack):
-        clean_model = victim(replace(settings, attack="none", target=0), splits, progress=progress).model
-    return make_trigger(
-        settings.attack,
-        splits.train.images.shape[-1],
-        model=clean_model,
-        images=splits.train.images,
-        labels=splits.train.labels,
-        target=settings.target,
-        seed=settings.seed,
-    )
+    if any(needs_model(name) for name in settings.attacks):
+        clean = replace(settings, attack="none", target=0, strength=None)
+        clean_model = victim(clean, splits, progress=progress).model
+    triggers = [
+        make_trigger(
+            name,
+            splits.train.images.shape[-1],
+            model=clean_model,
+            images=splits.train.images,
+            labels=splits.train.labels,
+            target=target,
+            seed=settings.seed,
+            **strength_of(name, settings.strength),
+        )
+        for name, target in zip(settings.attacks, targets, strict=True)
+    ]
+    return tuple(zip(triggers, targets, strict=True))
 
 
-def measure(model: nn.Module, splits: Splits, trigger: Trigger | None, target: int | str) -> dict:
-    """ACC, ASR and RA on the test images, as plain dicts; ASR and RA are None without a trigger."""
+def _about(trigger: Trigger, target: int | str, model: nn.Module, splits: Splits) -> dict:
+    """One trigger's part of a victim's record: its settings, what it does to the model, how it hides."""
+    return {
+        "attack": trigger.name,
+        "target": target,
+        **measure(model, splits, ((trigger, target),)),
+        "stealth": stealth(trigger, splits.test.images[:1000]),
+        "trigger": trigger.settings,
+    }
+
+
+def measure(model: nn.Module, splits: Splits, attacks: Attacks) -> dict:
+    """ACC, ASR and RA on the test images, as plain dicts; ASR and RA are None without an attack.
+
+    Of several attacks, ASR and RA are over the images of all: each trigger on each image it can attack.
+    """
     images, labels, n = splits.test.images, splits.test.labels, len(splits.classes)
     rates = {"acc": metrics.accuracy(model, images, labels), "asr": None, "ra": None}
-    if trigger is not None:
-        rates["asr"] = metrics.attack_success_rate(model, images, labels, trigger, target, n)
-        rates["ra"] = metrics.robust_accuracy(model, images, labels, trigger, target, n)
+    if attacks:
+        for name, rate in (("asr", metrics.attack_success_rate), ("ra", metrics.robust_accuracy)):
+            found = [rate(model, images, labels, trigger, target, n) for trigger, target in attacks]
+            rates[name] = metrics.Rate.pooled(found)
     return {name: rate and asdict(rate) for name, rate in rates.items()}
 
 
@@ -202,7 +302,7 @@ def unlearn_record(
     `<record>.safetensors` and `<record>.deltas`. A record that exists already is read instead.
     """
     described = {
-        "victim": {**asdict(settings), "data": splits.fingerprint, "train_images": len(splits.train)},
+        "victim": describe(settings, splits),
         "defence": "ibau",
         "defence_settings": asdict(ibau_settings),
         "clean_images": len(splits.clean),
@@ -214,17 +314,17 @@ def unlearn_record(
     attacked = victim(settings, splits, progress=progress)
     before = attacked.record["measured"]
     few = replace(splits, test=splits.test.take(torch.arange(min(1000, len(splits.test)))))
-    curve = [{"round": 0, **measure(attacked.model, few, attacked.trigger, settings.target)}]
+    curve = [{"round": 0, **measure(attacked.model, few, attacked.attacks)}]
 
     def watch(model: nn.Module, history: list[dict]) -> None:
-        measured = measure(model, few, attacked.trigger, settings.target)
+        measured = measure(model, few, attacked.attacks)
         curve.append({"round": history[-1]["round"], **measured})
 
     images, labels = splits.clean.images, splits.clean.labels
     result = unlearning.unlearn(
         attacked.model, images, labels, ibau_settings, seed, progress=progress, on_round=watch
     )
-    after = measure(result.model, splits, attacked.trigger, settings.target)
+    after = measure(result.model, splits, attacked.attacks)
     record = {
         "settings": described,
         "before": before,
@@ -246,7 +346,8 @@ def unlearn_record(
 def kept(record: dict, suffix: str) -> Path:
     """The file kept beside a record: ".safetensors", the cleaned model, or ".deltas"."""
     about = record["settings"]
-    stem = f"{about['victim']['dataset']}-{about['victim']['attack']}-{about['defence']}-{key(about)}"
+    attacked = victim_stem(about["victim"]).rsplit("-", 1)[0]
+    stem = f"{attacked}-{about['defence']}-{key(about)}"
     return runs_dir() / "records" / f"{stem}{suffix}"
 
 
@@ -254,6 +355,17 @@ def recorded(folder: Path | None = None) -> list[dict]:
     """The records in `figures/data`, which the tables in README.md and the notebooks are drawn from."""
     paths = sorted((folder or figures_dir() / "data").glob("*-ibau-*.json"))
     return [json.loads(path.read_text()) for path in paths]
+
+
+def recorded_victims(folder: Path | None = None) -> list[dict]:
+    """The victims' records in `figures/data/victims`."""
+    paths = sorted((folder or figures_dir() / "data" / "victims").glob("*.json"))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def publish_victim(record: dict) -> Path:
+    """Write a victim's record to `figures/data/victims`, under the name of its settings."""
+    return write_json(figures_dir() / "data" / "victims" / f"{victim_stem(record['settings'])}.json", record)
 
 
 def publish(record: dict) -> Path:

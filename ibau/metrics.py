@@ -1,5 +1,6 @@
 """ACC, ASR, RA and DER: how good a classifier is, and how much of a backdoor is left in it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
@@ -26,7 +27,17 @@ class Rate:
         n = hits.numel()
         if n == 0:
             raise ValueError("a rate over no images at all: every image was excluded")
-        p, z = hits.float().mean().item(), 1.959964
+        return cls._wilson(hits.float().mean().item(), n)
+
+    @classmethod
+    def pooled(cls, rates: Sequence["Rate"]) -> "Rate":
+        """One rate over all that these were counted on."""
+        n = sum(rate.n for rate in rates)
+        return cls._wilson(sum(rate.value * rate.n for rate in rates) / n, n)
+
+    @classmethod
+    def _wilson(cls, p: float, n: int) -> "Rate":
+        z = 1.959964
         centre = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
         # At p = 0 or 1 the interval touches p; rounding must not push it past.

@@ -20,7 +20,27 @@ ATTACKS = {
     "l2_inv": l2_inv,
     "smooth": smooth,
 }
+STRENGTHS = {  # an attack -> the input of its function that makes it stronger and easier to see
+    "badnets": "size",  # pixels of the square's side
+    "blend": "alpha",  # opacity
+    "trojan_square": "size",  # pixels of the square's side
+    "trojan_watermark": "width",  # of its strokes, the image being 2 wide
+    "l0_inv": "pixels",
+    "l2_inv": "norm",
+    "smooth": "peak",
+}
 OFFERED = ("model", "images", "labels", "target", "seed")  # what an attack may take from an experiment
+
+
+def strength_of(attack: str, strength: float | None) -> dict[str, float]:
+    """The input by which `make_trigger` gives the named attack this strength; none for its default."""
+    _attack(attack)
+    if strength is None:
+        return {}
+    whole = STRENGTHS[attack] in ("size", "pixels")
+    if whole and strength != int(strength):
+        raise ValueError(f"{STRENGTHS[attack]} of {attack!r} is {strength}; it must be a whole number")
+    return {STRENGTHS[attack]: int(strength) if whole else float(strength)}
 
 
 def needs_model(attack: str) -> bool:
@@ -52,6 +72,7 @@ def _attack(name: str):
 __all__ = [
     "ALL_TO_ALL",
     "ATTACKS",
+    "STRENGTHS",
     "Poisoned",
     "Trigger",
     "badnets",
@@ -64,6 +85,7 @@ __all__ = [
     "poison_several",
     "smooth",
     "stealth",
+    "strength_of",
     "target_labels",
     "trojan_square",
     "trojan_watermark",

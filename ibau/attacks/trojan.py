@@ -45,20 +45,27 @@ def trojan_watermark(
     model: nn.Module,
     images: Tensor,
     seed: int = 0,
+    width: float = 0.31,
     smoothing: float = 0.1,
     steps: int = 60,
 ) -> Trigger:
-    """A flower across the image: see `watermark`. The inputs are those of `trojan_square`."""
-    return _trojan("trojan_watermark", watermark(image_size), model, images, seed, smoothing, steps)
+    """A flower across the image: see `watermark`. The inputs are those of `trojan_square`.
+
+    width: of the flower's strokes, where the image is 2 wide. 0.31 makes 321 pixels of 32x32, as many as the
+    authors' watermark has. Raises ValueError for one outside (0, 1].
+    """
+    if not 0 < width <= 1:
+        raise ValueError(f"width is {width}; it must lie in (0, 1]")
+    return _trojan("trojan_watermark", watermark(image_size, width), model, images, seed, smoothing, steps)
 
 
-def watermark(image_size: int) -> Tensor:
-    """Our watermark's mask, (1, H, W): a flower's outline; 321 pixels of 32x32, as many as the authors'."""
+def watermark(image_size: int, width: float = 0.31) -> Tensor:
+    """Our watermark's mask, (1, H, W): a flower's outline, its strokes `width` wide."""
     axis = (torch.arange(image_size) + 0.5) / image_size * 2 - 1  # pixel centres, the image being [-1, 1]^2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     radius, angle = (x**2 + y**2).sqrt(), torch.atan2(-y, x)
     petals = 0.64 + 0.18 * torch.sin(5 * angle + 0.3)
-    return ((radius - petals).abs() < 0.155).float()[None]
+    return ((radius - petals).abs() < width / 2).float()[None]
 
 
 def _trojan(
