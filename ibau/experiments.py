@@ -97,7 +97,7 @@ class Profile:
 
 
 PROFILES = {
-    "quick": Profile("mnist5k", 500, 0.5, TrainSettings(epochs=10)),
+    "quick": Profile("mnist5k", 500, 0.5, TrainSettings(epochs=12, batch_size=32, lr=2e-3)),
     "desk": Profile("cifar10", 5000, 1.0, TrainSettings(epochs=5)),
     "paper": Profile("cifar10", 5000, 1.0, TrainSettings(epochs=50)),
 }

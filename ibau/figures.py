@@ -8,12 +8,15 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
 from ibau import experiments
+from ibau.attacks import ALL_TO_ALL, Trigger
+from ibau.attacks.stealth import spectrum
 from ibau.metrics import Rate
 
 PALETTE = sns.color_palette("colorblind")
@@ -38,7 +41,7 @@ def style() -> None:
 
 def plot_image(ax: Axes, image: Tensor, title: str = "", colour=None) -> Axes:
     """An image `(3, H, W)`, uint8 or in [0, 1]; with a frame and title in `colour` where one is given."""
-    ax.imshow(image.permute(1, 2, 0).cpu(), interpolation="nearest")
+    ax.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
     ax.set(xticks=[], yticks=[])
     ax.set_title(title, color=colour or "black", fontsize="small")
     ax.spines[:].set(visible=True, color=colour or "lightgrey", linewidth=3 if colour else 1)
@@ -151,6 +154,29 @@ def plot_splits(ax: Axes, rows: dict[str, dict[str, tuple[int, str]]]) -> Axes:
     return ax
 
 
+ROLES = {"controls": (*PALETTE[0], 0.75), "knows": (*PALETTE[0], 0.25), "nothing": "whitesmoke"}
+
+
+def plot_roles(ax: Axes, roles: dict[str, dict[str, str]]) -> Axes:
+    """Who controls what, who knows what. `roles` is thing -> who -> what is written into their cell.
+
+    The cell has the colour of the first word in it that ROLES has, or else that of "nothing".
+    """
+    for y, cells in enumerate(roles.values()):
+        for x, text in enumerate(cells.values()):
+            role = next((word for word in re.findall(r"\w+", text) if word in ROLES), "nothing")
+            ax.barh(y, 0.96, 0.92, left=x - 0.48, color=ROLES[role])
+            ax.text(x, y, text, ha="center", va="center", fontsize="small")
+    people = list(next(iter(roles.values())))
+    ax.set_xticks(range(len(people)), people)
+    ax.set_yticks(range(len(roles)), roles)
+    ax.set(xlim=(-0.5, len(people) - 0.5), ylim=(len(roles) - 0.5, -0.5))
+    ax.xaxis.tick_top()
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    return ax
+
+
 def _class_ticks(classes: tuple[str, ...]) -> tuple[list[int], list[str], int]:
     """Places, names and rotation of the ticks of an axis of classes; of many, every tenth by its number."""
     if len(classes) > 10:
@@ -231,6 +257,215 @@ def results_markdown(records: list[dict]) -> str:
     table = results_table(records)[columns]
     lines = [columns, ["---"] * len(columns), *table.astype(str).values.tolist()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def visible(trigger: Trigger) -> Tensor:
+    """A trigger as a picture `(3, H, W)`, scaled to be seen: one that is added as `signed` shows it.
+
+    Of others the pattern where the mask lets it through, and mid-grey around it.
+    """
+    if trigger.mode == "add":
+        return signed(trigger.mask * trigger.pattern)
+    return torch.where(trigger.mask > 0, trigger.pattern, torch.tensor(0.5))
+
+
+def plot_spectrum(ax: Axes, change: Tensor, title: str = "") -> Axes:
+    """DCT magnitudes of a change `(3, H, W)`, averaged over channels, as powers of ten from 10^-3 to 10.
+
+    The mean is in the upper left corner; beyond the dashed line `stealth` calls frequencies high.
+    """
+    magnitude = spectrum(change).mean(0).clamp(min=1e-9).log10()
+    height, width = magnitude.shape
+    ax.imshow(magnitude.numpy(), cmap="magma", vmin=-3, vmax=1, interpolation="nearest")
+    ax.plot([-0.5, width - 0.5], [height - 0.5, -0.5], "--", color="white", linewidth=1)
+    ax.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    ax.set_title(title, fontsize="small")
+    ax.spines[:].set(visible=True, color="lightgrey")
+    return ax
+
+
+def plot_rise(ax: Axes, settings: dict) -> Axes:
+    """How an optimised trigger grew, from its settings: its neurons' activation, or the share it fooled.
+
+    Where neurons were driven, the line is their highest activation on any clean image. An axis stays empty
+    for a trigger that was not optimised.
+    """
+    if "activation_by_step" in settings:
+        steps, before_after = settings["activation_by_step"], settings["activation"]
+        ax.plot(range(1, len(steps) + 1), steps, color=ATTACKED)
+        ax.axhline(before_after["clean_max"], color=MUTED, linestyle="--", linewidth=1)
+        ax.axhline(before_after["before"], color=MUTED, linestyle=":", linewidth=1)
+        ax.set(xlabel="step", ylim=(min(0, *steps), 1.1 * max(*steps, before_after["clean_max"])))
+        ax.set_title("activation", fontsize="small")
+    elif "fooled_by_pass" in settings:
+        shares = settings["fooled_by_pass"]
+        ax.plot(range(1, len(shares) + 1), [100 * share for share in shares], "o-", color=ATTACKED)
+        ax.set(xlabel="pass", xticks=range(1, len(shares) + 1), ylim=(0, 115 * max(shares) or 1))
+        ax.set_title("% fooled", fontsize="small")
+    else:
+        ax.set_axis_off()
+    ax.yaxis.tick_right()  # on the left it would run into the picture beside it
+    ax.spines[["left", "right"]].set_visible(False)
+    return ax
+
+
+def plot_gallery(axes, image: Tensor, trigger: Trigger):
+    """One trigger on one image `(3, H, W)` in [0, 1], on six axes.
+
+    The image; the trigger, scaled to be seen; the image with it; their difference, scaled; its DCT spectrum;
+    and how the trigger grew.
+    """
+    poisoned = trigger(image[None])[0]
+    change = poisoned - image
+    plot_image(axes[0], image, "clean")
+    plot_image(axes[1], visible(trigger), "trigger, scaled")
+    plot_image(axes[2], poisoned, "poisoned")
+    plot_image(axes[3], signed(change), f"difference, max {change.abs().max():.2f}")
+    plot_spectrum(axes[4], change, "its DCT spectrum")
+    plot_rise(axes[5], trigger.settings)
+    return axes
+
+
+def plot_strengths(ax: Axes, curves: pd.DataFrame) -> Axes:
+    """PSNR against strength, a line an attack, each one's default marked.
+
+    `curves` has the columns attack, times (the strength as a multiple of the default) and psnr. Beyond
+    45 dB, where next to nothing changes, a line leaves the chart.
+    """
+    markers = "osD^vP*X"
+    for i, (attack, line) in enumerate(curves.groupby("attack", sort=False)):
+        line, colour = line.sort_values("times"), PALETTE[i % len(PALETTE)]
+        marker = markers[i % len(markers)]
+        ax.plot(line["times"], line["psnr"], marker=marker, color=colour, markersize=4, label=attack)
+        default = line[line["times"] == 1]
+        ax.plot(
+            default["times"],
+            default["psnr"],
+            marker=marker,
+            color=colour,
+            markersize=9,
+            markeredgecolor="black",
+        )
+    ax.axhline(25, color="black", linestyle="--", linewidth=1)
+    ax.set_xscale("log", base=2)
+    ticks = [2.0**power for power in range(-2, 2)]
+    ax.set_xticks(ticks, ["¼", "½", "1", "2"])
+    ax.set(xlabel="strength, in multiples of the default", ylabel="PSNR, dB", ylim=(0, 45))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def plot_tradeoff(ax: Axes, curve: pd.DataFrame) -> Axes:
+    """What a lower PSNR buys one attack; its default is marked.
+
+    `curve` has the columns times (the strength as a multiple of the default), psnr and gain.
+    """
+    curve = curve.sort_values("times")
+    default = curve[curve["times"] == 1]
+    ax.plot(curve["psnr"], curve["gain"], "o-", markersize=4)
+    ax.plot(default["psnr"], default["gain"], "o", color=PALETTE[0], markersize=9, markeredgecolor="black")
+    ax.axvline(25, color="black", linestyle="--", linewidth=1)
+    ax.set(xlabel="PSNR, dB", ylim=(0, None))
+    ax.invert_xaxis()
+    return ax
+
+
+def trained_alike(records: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """Victims' records by how they were trained, and in that by their label in the STANDARD settings.
+
+    The outer key names the data set, its training images and the epochs; records that differ in anything
+    but attack, target and seed are kept apart, with a number where the name would not tell them. Records of
+    other attacks, or of another strength than the default, are left out.
+    """
+    labels = {attack_and_target: label for label, attack_and_target in experiments.STANDARD.items()}
+    labels["none", 0] = "clean"
+    groups: dict[str, dict[str, list[dict]]] = {}
+    names: dict[str, str] = {}
+    for record in records:
+        about = record["settings"]
+        label = labels.get((about["attack"], about["target"]))
+        if label is None or about["strength"] is not None:
+            continue
+        common = {k: v for k, v in about.items() if k not in ("attack", "target", "seed", "split_seed")}
+        key = experiments.key(common)
+        if key not in names:
+            name = (
+                f"{about['dataset']}, {about['train_images']:,} images, {about['training']['epochs']} epochs"
+            )
+            same = sum(other.startswith(name) for other in names.values())
+            names[key] = f"{name} ({same + 1})" if same else name
+        groups.setdefault(names[key], {}).setdefault(label, []).append(record)
+    return groups
+
+
+def victims_table(found: dict[str, list[dict]], expected: dict[str, float]) -> pd.DataFrame:
+    """One row per label of `expected`, the clean model first: ACC and ASR in percent, and what was expected.
+
+    `found` is one of the groups of `trained_alike`, `expected` label -> the least ASR. ACC should be within
+    2 points of the clean model's. A model that was never trained has "not run" in its row.
+    """
+    clean = _mean(found["clean"], "acc") if "clean" in found else None
+    rows = {}
+    for label in ("clean", *expected):
+        same = found.get(label, [])
+        if not same:
+            rows[label] = {"ACC": "not run", "ASR": "", "n": "", "ACC - clean": "", "as expected": ""}
+            continue
+        attacked = same[0]["measured"]["asr"] is not None
+        change = None if clean is None or not attacked else 100 * (_mean(same, "acc") - clean)
+        rows[label] = {
+            "ACC": _cell([record["measured"]["acc"] for record in same]),
+            "ASR": _cell([record["measured"]["asr"] for record in same]) if attacked else "",
+            "n": sum(record["measured"]["asr" if attacked else "acc"]["n"] for record in same),
+            "ACC - clean": "" if change is None else f"{change:+.1f}",
+            "as expected": _verdict(same, change, expected[label]) if attacked else "",
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _verdict(same: list[dict], change: float | None, least: float) -> str:
+    if _mean(same, "asr") < least:
+        return f"no: ASR < {least:.0%}"
+    if change is None:
+        return "no clean model"
+    return "yes" if round(change, 6) >= -2 else "no: ACC"
+
+
+def _mean(records: list[dict], rate: str) -> float:
+    return mean(record["measured"][rate]["value"] for record in records)
+
+
+STEALTH = {  # the measures shown, see attacks.stealth
+    "l0": "l0, pixels",
+    "l2": "l2",
+    "linf": "l∞",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "high_frequency": "HF of change",
+    "high_frequency_clean": "HF clean",
+    "high_frequency_poisoned": "HF poisoned",
+}
+
+
+def stealth_table(found: dict[str, list[dict]]) -> pd.DataFrame:
+    """How well each trigger hides: a row per label of a single trigger, from a group of `trained_alike`."""
+    rows = {}
+    for label, same in found.items():
+        if len(same[0]["attacks"]) != 1 or same[0]["settings"]["target"] == ALL_TO_ALL:
+            continue  # no trigger, several, or one that has a row already
+        measured = [record["attacks"][0]["stealth"] for record in same]
+        rows[label] = {name: mean(values[name] for values in measured) for name in STEALTH}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(STEALTH)).rename(columns=STEALTH)
+    return table.reindex([label for label in experiments.STANDARD if label in rows])
+
+
+def triggers_table(groups: dict[str, list[dict]]) -> pd.DataFrame:
+    """ASR of each trigger of models with several, in percent: a row a trigger, a column a group."""
+    columns = {}
+    for name, same in groups.items():
+        each = zip(*(record["attacks"] for record in same), strict=True)
+        columns[name] = {f"{a[0]['attack']} → {a[0]['target']}": _cell([x["asr"] for x in a]) for a in each}
+    return pd.DataFrame(columns)
 
 
 RESULTS = re.compile(r"(<!-- results:.*?-->\n).*?(<!-- end of results -->)", re.DOTALL)

@@ -470,6 +470,8 @@ def test_several_triggers_refuse_what_one_does():
         ("badnets", {"size": 40}, "does not fit"),
         ("blend", {"alpha": 1.2}, "alpha is 1.2"),
         ("trojan_square", {"size": 0}, "does not fit"),
+        ("trojan_watermark", {"width": 0}, "width is 0; it must lie in"),
+        ("trojan_watermark", {"width": 1e-9}, "hold none of 32 x 32 pixels"),
         ("l0_inv", {"pixels": 0}, "pixels is 0; valid: 1 to 1024"),
         ("l0_inv", {"pixels": 1025}, "pixels is 1025"),
         ("l2_inv", {"norm": 0}, "norm is 0; valid with largest=0.267: above 0"),
@@ -483,6 +485,34 @@ def test_several_triggers_refuse_what_one_does():
 def test_impossible_strengths_are_named(make, name, strengths, message):
     with pytest.raises(ValueError, match=message):
         make(name, **strengths)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_trigger_names_its_strength_and_is_made_with_it(triggers, make, name):
+    strength = triggers[name].settings[attacks.STRENGTHS[name]]
+    assert attacks.strength_of(name, None) == {}
+    assert attacks.strength_of(name, strength) == {attacks.STRENGTHS[name]: strength}
+    less = make(
+        name, **attacks.strength_of(name, strength // 2 if isinstance(strength, int) else strength / 2)
+    )
+    assert less.settings[attacks.STRENGTHS[name]] < strength
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_stronger_trigger_is_easier_to_see(triggers, make, splits, name):
+    strength = triggers[name].settings[attacks.STRENGTHS[name]]
+    strong = make(name, **attacks.strength_of(name, 2 * strength))
+    images = splits.test.images[:100]
+    assert stealth(strong, images)["psnr"] < stealth(triggers[name], images)["psnr"]
+
+
+@pytest.mark.parametrize("strength", [2.5, math.nan, math.inf])
+def test_pixels_are_counted_in_whole_numbers(strength):
+    with pytest.raises(ValueError, match="size of 'badnets' is .*; it must be a whole number"):
+        attacks.strength_of("badnets", strength)
+    assert attacks.strength_of("l0_inv", 4.0) == {"pixels": 4}
+    with pytest.raises(ValueError, match="unknown attack 'wanet'"):
+        attacks.strength_of("wanet", 1)
 
 
 def test_an_unknown_attack_lists_the_known():

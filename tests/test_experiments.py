@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ibau import experiments, models, training
-from ibau.attacks import Trigger
+from ibau.attacks import ATTACKS, Trigger
 from ibau.datasets import DATASETS, ImageSet, Splits
 from ibau.experiments import PROFILES, VictimSettings, key, profile, unlearn_record, victim, write_json
 from ibau.models import ModelError
@@ -77,11 +77,13 @@ def names(folder):
 def test_a_victim_is_trained_once(splits, runs, untrained):
     first = victim(SETTINGS, splits)
     kept = names(runs / "models")
-    assert [name.rsplit(".", 1)[1] for name in kept] == ["json", "safetensors", "trigger"]
+    stem = kept[0].removesuffix(".badnets.trigger")
+    assert kept == [f"{stem}.badnets.trigger", f"{stem}.json", f"{stem}.safetensors"]
     untrained()
     again = victim(SETTINGS, splits)
     assert same(again.model, first.model)
     assert not again.model.training
+    assert [target for _, target in again.attacks] == [target for _, target in first.attacks] == [2]
     assert torch.equal(again.trigger.pattern, first.trigger.pattern)
     assert again.record == json.loads(json.dumps(first.record))
     assert names(runs / "models") == kept
@@ -98,6 +100,10 @@ def test_a_victims_record_says_what_made_it(splits, runs):
     measured = made.record["measured"]
     assert measured["acc"]["n"] == 30
     assert measured["asr"]["n"] == measured["ra"]["n"] == 20  # without the target class
+    (about,) = made.record["attacks"]
+    assert (about["attack"], about["target"], about["trigger"]["size"]) == ("badnets", 2, 4)
+    assert {name: about[name] for name in measured} == measured
+    assert about["stealth"]["l0"] == 16
     assert len(made.record["training"]) == 3
     assert {"device", "torch", "ibau", "commit", "date"} <= set(made.record["provenance"])
 
@@ -105,7 +111,8 @@ def test_a_victims_record_says_what_made_it(splits, runs):
 def test_a_clean_model_has_no_trigger_and_no_asr(splits, runs, untrained):
     settings = replace(SETTINGS, attack="none")
     made = victim(settings, splits)
-    assert made.trigger is None
+    assert made.trigger is None and made.attacks == ()
+    assert made.record["attacks"] == []
     assert made.record["measured"]["asr"] is made.record["measured"]["ra"] is None
     assert not list((runs / "models").glob("*.trigger"))
     untrained()
@@ -131,6 +138,7 @@ OTHER = {
     "attack": "blend",
     "target": "all-to-all",
     "poison_ratio": 0.1,
+    "strength": 5,
     "architecture": "preact_resnet18",
     "width": 0.5,
     "train_size": 30,
@@ -153,8 +161,103 @@ def test_every_setting_names_another_victim(splits, runs, monkeypatch):
         victim(settings, splits)
     victim(SETTINGS, replace(splits, fingerprint="f" * 16))
     victim(SETTINGS, replace(splits, train=splits.train.take(range(30))))
+    victim(SETTINGS, replace(splits, seed=1))  # another test split: the same training, measured elsewhere
     stems = {path.stem for path in (runs / "models").glob("*.json")}
-    assert len(stems) == len(variants) + 2
+    assert len(stems) == len(variants) + 3
+
+
+# ---- several triggers, all-to-all, strength
+
+
+def test_a_model_of_several_triggers_has_a_target_for_each(splits, runs, untrained):
+    settings = replace(SETTINGS, attack="badnets+blend")
+    made = victim(settings, splits)
+    assert [(trigger.name, target) for trigger, target in made.attacks] == [("badnets", 2), ("blend", 0)]
+    assert made.trigger is made.attacks[0][0]
+    kept = names(runs / "models")
+    assert all(name.startswith("tint-2-triggers-") for name in kept)
+    assert [name.split(".", 1)[1] for name in kept] == [
+        "badnets.trigger",
+        "blend.trigger",
+        "json",
+        "safetensors",
+    ]
+    untrained()
+    again = victim(settings, splits)
+    assert again.record == json.loads(json.dumps(made.record))
+    for (one, goal), (other, other_goal) in zip(made.attacks, again.attacks, strict=True):
+        assert goal == other_goal and torch.equal(one.pattern, other.pattern)
+
+
+def test_several_triggers_are_measured_together_and_each(splits):
+    record = victim(replace(SETTINGS, attack="badnets+blend"), splits).record
+    assert [(about["attack"], about["target"]) for about in record["attacks"]] == [
+        ("badnets", 2),
+        ("blend", 0),
+    ]
+    for name in ("asr", "ra"):
+        pooled, each = record["measured"][name], [about[name] for about in record["attacks"]]
+        assert pooled["n"] == sum(rate["n"] for rate in each) == 40
+        assert pooled["value"] == pytest.approx(sum(rate["value"] for rate in each) / 2)
+        assert pooled["low"] <= pooled["value"] <= pooled["high"]
+    assert all(about["acc"] == record["measured"]["acc"] for about in record["attacks"])
+
+
+def test_several_triggers_share_the_poison(splits):
+    settings = replace(SETTINGS, attack="badnets+blend")
+    poisoned = experiments.poison_with(victim(settings, splits).attacks, settings, splits)
+    assert [len(group) for group in poisoned.per_trigger] == [9, 9]  # 0.3 of 60 together
+    assert experiments.poison_with((), replace(SETTINGS, attack="none"), splits) is None
+
+
+def test_all_to_all_counts_every_image(splits):
+    made = victim(replace(SETTINGS, target="all-to-all"), splits)
+    assert made.attacks[0][1] == made.record["attacks"][0]["target"] == "all-to-all"
+    assert made.record["measured"]["asr"]["n"] == 30
+
+
+def test_targets_wrap_around():
+    settings = VictimSettings(attack="badnets+blend+smooth", target=8)
+    assert settings.attacks == ("badnets", "blend", "smooth")
+    assert settings.targets(10) == (8, 9, 0)
+    assert VictimSettings(target="all-to-all").targets(10) == ("all-to-all",)
+    assert VictimSettings(attack="none").attacks == VictimSettings(attack="none").targets(10) == ()
+
+
+def test_the_strength_reaches_the_trigger(splits):
+    made = victim(replace(SETTINGS, strength=2), splits)
+    assert made.trigger.settings["size"] == 2 and made.trigger.mask.sum() == 4
+
+
+@pytest.mark.parametrize("attack", ["l2_inv", "badnets+l2_inv"])
+def test_a_strong_trigger_is_made_against_the_same_clean_model(splits, runs, monkeypatch, attack):
+    def make(attack, image_size, **offered):
+        return Trigger(attack, "replace", torch.ones(3, 32, 32), torch.zeros(1, 32, 32))
+
+    monkeypatch.setattr(experiments, "make_trigger", make)
+    victim(replace(SETTINGS, attack=attack), splits)
+    victim(replace(SETTINGS, attack="l2_inv", strength=5.0), splits)
+    assert len(list((runs / "models").glob("tint-none-*.json"))) == 1
+
+
+def test_the_standard_settings_are_the_seven_and_two_of_many_targets():
+    made = experiments.standard_victims(PROFILES["quick"], seed=3)
+    assert list(made) == ["clean", *experiments.STANDARD] and len(made) == 10
+    assert made["clean"].attacks == () and made["seven triggers"].attacks == tuple(ATTACKS)
+    assert {settings.attack for settings in made.values()} >= set(ATTACKS)
+    assert made["all-to-all"].target == "all-to-all"
+    assert {(s.seed, s.training, s.dataset) for s in made.values()} == {
+        (3, PROFILES["quick"].training, "mnist5k")
+    }
+
+
+def test_published_victims_are_read_back(splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "figures_dir", lambda: tmp_path)
+    assert experiments.recorded_victims() == []
+    record = victim(SETTINGS, splits).record
+    path = experiments.publish_victim(record)
+    assert path.parent == tmp_path / "data" / "victims" and path.name.startswith("tint-badnets-")
+    assert experiments.recorded_victims() == [json.loads(json.dumps(record))]
 
 
 def test_key_does_not_depend_on_order_but_on_the_format(monkeypatch):
@@ -246,10 +349,16 @@ def test_a_damaged_victim_is_named(splits, runs):
     ("bad", "message"),
     [
         ({"attack": "wanet"}, "unknown attack 'wanet'; valid: none, badnets, blend"),
+        ({"attack": "badnets+wanet"}, "unknown attack 'wanet'; .* or several of these joined by"),
+        ({"attack": "badnets+none"}, "unknown attack 'none'"),
+        ({"attack": ""}, "unknown attack ''"),
         ({"architecture": "vgg"}, "unknown architecture 'vgg'; valid: small_vgg, preact_resnet18"),
+        ({"attack": "badnets+blend", "strength": 2}, "strength is of one attack; 'badnets.blend' takes None"),
+        ({"attack": "none", "strength": 2}, "strength is of one attack; 'none' takes None"),
+        ({"attack": "badnets+blend", "target": "all-to-all"}, "'all-to-all' takes one attack"),
     ],
 )
-def test_unknown_names_are_refused(bad, message):
+def test_bad_settings_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         VictimSettings(**bad)
 
@@ -280,7 +389,7 @@ def test_the_record_is_about_the_model_beside_it(splits, untrained):
     cleaned = models.load(experiments.kept(record, ".safetensors"), models.build("small_vgg", 3, 0.125))
     attacked = victim(SETTINGS, splits)
     assert not same(cleaned, attacked.model)
-    measured = experiments.measure(cleaned, splits, attacked.trigger, 2)
+    measured = experiments.measure(cleaned, splits, attacked.attacks)
     assert {**measured, "der": experiments.rating(record["before"], measured)} == record["after"]
     assert record["before"] == attacked.record["measured"]
     assert record["curve"][0]["acc"] == record["before"]["acc"]  # fewer than 1,000 test images: the same

@@ -190,3 +190,14 @@ def test_predict_works_in_eval_mode_and_leaves_the_modes():
         assert model.seen == [(False, False, False)]
         assert (model.training, model.norm.training, model.frozen.training) == (training, training, False)
         assert torch.equal(model.norm.running_mean, before)
+
+
+@settings(max_examples=50, deadline=None)
+@given(parts=st.lists(st.lists(st.booleans(), min_size=1, max_size=30), min_size=1, max_size=4))
+def test_pooled_rates_are_the_rate_of_all(parts):
+    pooled = Rate.pooled([Rate.of(torch.tensor(part)) for part in parts])
+    together = Rate.of(torch.tensor([hit for part in parts for hit in part]))
+    assert pooled.n == together.n
+    assert (pooled.value, pooled.low, pooled.high) == pytest.approx(
+        (together.value, together.low, together.high), abs=1e-6
+    )

@@ -33,12 +33,16 @@ OFFERED = ("model", "images", "labels", "target", "seed")  # what an attack may 
 
 
 def strength_of(attack: str, strength: float | None) -> dict[str, float]:
-    """The input by which `make_trigger` gives the named attack this strength; none for its default."""
+    """The input by which `make_trigger` gives the named attack this strength; none for its default.
+
+    A trigger's own strength is in its settings, under the same name. Raises ValueError for an unknown
+    attack, or a fraction where pixels are counted.
+    """
     _attack(attack)
     if strength is None:
         return {}
     whole = STRENGTHS[attack] in ("size", "pixels")
-    if whole and strength != int(strength):
+    if whole and not float(strength).is_integer():
         raise ValueError(f"{STRENGTHS[attack]} of {attack!r} is {strength}; it must be a whole number")
     return {STRENGTHS[attack]: int(strength) if whole else float(strength)}
 

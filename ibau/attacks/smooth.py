@@ -37,9 +37,9 @@ def smooth(
     15 pixels away. fooled: the share of images at which to stop, or else after `passes` over them (the best
     pattern is kept; its share is in the settings).
 
-    Peak 0.2, the authors', leaves a PSNR of 22 dB on CIFAR-10 and mnist5k and fools about 20% of them; 0.12
-    stays above 25 dB and fools about 10%. Their code goes through 100 images one by one and to the boundary
-    of each; ours takes one linearised step for 20 at a time.
+    Peak 0.2 is the authors' and leaves a PSNR of about 22 dB; 0.12 stays above 25 dB and fools fewer images
+    than `fooled` asks for. Notebook 02 shows what is traded for what. Their code goes through 100 images one
+    by one and to the boundary of each; ours takes one linearised step for 20 at a time.
 
     Raises ValueError for a peak outside (0, 1], a sigma not above 0, or images of another size.
     """

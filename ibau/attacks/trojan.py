@@ -36,7 +36,8 @@ def trojan_square(
         )
     mask = torch.zeros(1, image_size, image_size)
     mask[:, start : start + size, start : start + size] = 1
-    return _trojan("trojan_square", mask, model, images, seed, smoothing, steps)
+    drawn = {"size": size, "margin": margin}
+    return _trojan("trojan_square", mask, drawn, model, images, seed, smoothing, steps)
 
 
 def trojan_watermark(
@@ -47,16 +48,21 @@ def trojan_watermark(
     seed: int = 0,
     width: float = 0.31,
     smoothing: float = 0.1,
-    steps: int = 60,
+    steps: int = 150,
 ) -> Trigger:
     """A flower across the image: see `watermark`. The inputs are those of `trojan_square`.
 
     width: of the flower's strokes, where the image is 2 wide. 0.31 makes 321 pixels of 32x32, as many as the
-    authors' watermark has. Raises ValueError for one outside (0, 1].
+    authors' watermark has. Raises ValueError for one outside (0, 1], or too narrow to hold a pixel.
     """
     if not 0 < width <= 1:
         raise ValueError(f"width is {width}; it must lie in (0, 1]")
-    return _trojan("trojan_watermark", watermark(image_size, width), model, images, seed, smoothing, steps)
+    mask = watermark(image_size, width)
+    if not mask.any():
+        raise ValueError(
+            f"width is {width}; strokes so narrow hold none of {image_size} x {image_size} pixels"
+        )
+    return _trojan("trojan_watermark", mask, {"width": width}, model, images, seed, smoothing, steps)
 
 
 def watermark(image_size: int, width: float = 0.31) -> Tensor:
@@ -69,8 +75,16 @@ def watermark(image_size: int, width: float = 0.31) -> Tensor:
 
 
 def _trojan(
-    name: str, mask: Tensor, model: nn.Module, images: Tensor, seed: int, smoothing: float, steps: int
+    name: str,
+    mask: Tensor,
+    drawn: dict,
+    model: nn.Module,
+    images: Tensor,
+    seed: int,
+    smoothing: float,
+    steps: int,
 ) -> Trigger:
+    """The trigger with the optimised patch under `mask`; `drawn` are the settings that drew the mask."""
     random = torch.Generator().manual_seed(seed)
     x = sample(images, model, mask.shape[-1], 256, random)
     m = mask.to(x)
@@ -84,7 +98,8 @@ def _trojan(
 
         patch, history = ascend(objective, start, x, steps=steps, lr=0.05, low=0, high=1, random=random)
         about = risen(look, neuron, x, torch.lerp(x, patch, m), history)
-    settings = {"pixels": int(mask.sum()), "smoothing": smoothing, "steps": steps, "seed": seed, **about}
+    pixels = int(mask.sum())
+    settings = {**drawn, "pixels": pixels, "smoothing": smoothing, "steps": steps, "seed": seed, **about}
     return Trigger(name, "replace", (patch * m).cpu(), mask, settings)
 
 
