@@ -1,16 +1,25 @@
 """The implicit hypergradient: pure mathematics, no images.
 
-An outer objective psi(theta) = H_out(delta*(theta), theta) looks at the solution of an inner problem that is
-written as a fixed point, delta* = Phi(delta*, theta). Differentiating the fixed point gives the total
+An outer objective psi(theta) = H_out(delta*(theta), theta) looks at the solution of an inner problem. If the
+solution is written as a fixed point, delta* = Phi(delta*, theta), differentiating it gives the total
 derivative, the paper's hypergradient (Zeng et al. 2022, section 3):
 
     d psi / d theta = dH_out/dtheta  +  (dPhi/dtheta)^T v,    (I - dPhi/ddelta)^T v = dH_out/ddelta
                       direct term       implicit term         a linear system of delta's size
 
-Nothing larger than delta is ever inverted and no Jacobian is formed: both products with Phi's Jacobians are
-single backward passes through one recorded evaluation of Phi.
+`implicit_hypergradient` is this formula, `unrolled_hypergradient` the same limit reached by differentiating
+through the iteration, and `kkt_hypergradient` the formula for a maximiser in an l2 ball, interior or on the
+sphere, from the optimality conditions themselves.
+
+Nothing larger than delta is ever inverted and, save in `dense`, no matrix is formed: every product with a
+Jacobian or a Hessian is a single backward pass through one recorded evaluation.
+
+Every solver is called as `solve(matvec, b, *, maxiter, tol=0.0, x0=None) -> Solution`. A warm start x0 costs
+one product, for its residual, on top of `maxiter` iterations; one that is zero, not finite or worse than
+x = 0 counts as none. No solver returns anything worse than x = 0, or multiplies a zero vector.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,56 +28,188 @@ from torch import Tensor
 
 Matvec = Callable[[Tensor], Tensor]
 Solver = Callable[..., "Solution"]
+DENSE_LIMIT = 4096  # unknowns of `dense`: a float64 matrix of 128 MiB
+ON_SPHERE = 1e-4  # |delta| within this share of the radius lies on the sphere
 
 
 @dataclass(frozen=True)
 class Solution:
     """What a linear solver returns: x, the relative residual |b - A x| / |b|, and the products A cost.
 
-    `contraction` is the last factor by which an iteration shrank the residual; 1 or more means that the
-    iteration does not converge. It is 0 when there was nothing to iterate.
+    contraction  the last factor by which an iteration shrank the residual; 1 or more means that a fixed-point
+                 iteration does not converge. It is 0 when there was nothing to iterate
+    curvature    the smallest p^T A p / p^T p seen, where the solver needs A definite; nan where it does not.
+                 0 or less proves that A is not positive definite
+    stopped      why: "tol" (it is reached), "maxiter", "rounding" (no nearer in this precision),
+                 "not finite", "curvature" (A is not positive definite), "singular"
     """
 
     x: Tensor
     residual: float
     products: int
     contraction: float
+    curvature: float = math.nan
+    stopped: str = ""
 
 
-def fixed_point(matvec: Matvec, b: Tensor, *, maxiter: int, tol: float = 0.0) -> Solution:
+def fixed_point(
+    matvec: Matvec, b: Tensor, *, maxiter: int, tol: float = 0.0, x0: Tensor | None = None
+) -> Solution:
     """Solve A x = b by x <- x + (b - A x), the truncated Neumann series of A = I - J.
 
     Needs the spectral radius of J = I - A below 1; then the residual falls by that factor an iteration.
-    Where it does not fall, the best iterate seen is returned (x = 0 at worst, whose residual is 1), so a
-    series that diverges cannot do harm unnoticed. Stops early at a relative residual of `tol`.
-    `maxiter` iterations from x = 0 sum the series' first `maxiter` terms, the paper's K.
+    Where it does not fall, the best iterate seen is returned, so a series that diverges cannot do harm
+    unnoticed: never worse than its start, nor than x = 0, whose residual is 1. Stops early at a relative
+    residual of `tol`. `maxiter` iterations from x = 0 sum the series' first `maxiter` terms, the paper's K.
     """
-    if maxiter < 0:
-        raise ValueError(f"maxiter is {maxiter}; it must be at least 0")
-    x, r = torch.zeros_like(b), b
     size = b.norm().item()
-    best, best_residual, residual, contraction, products = x, 1.0, 1.0, 0.0, 0
-    if size == 0:
-        return Solution(x, 0.0, 0, 0.0)
-    while products < maxiter and best_residual > tol:
+    x, r, residual, products = _start(matvec, b, size, maxiter, x0)
+    best, best_residual, contraction, stopped = x, residual, 0.0, "maxiter"
+    for _ in range(maxiter):
+        if best_residual <= tol:
+            break
         x = x + r
         r = r - matvec(r)  # the residual of the new x, without a second product: b - A(x + r) = r - A r
         products += 1
         previous, residual = residual, r.norm().item() / size
-        contraction = residual / previous if previous > 0 else 0.0
-        if not residual < float("inf"):  # overflow or NaN: nothing better can follow
+        contraction = residual / previous
+        if not residual < math.inf:  # overflow or NaN: nothing better can follow
+            stopped = "not finite"
             break
         if residual < best_residual:
             best, best_residual = x, residual
-    return Solution(best, best_residual, products, contraction)
+    stopped = "tol" if best_residual <= tol else stopped
+    return Solution(best, best_residual, products, contraction, stopped=stopped)
+
+
+def neumann(
+    matvec: Matvec, b: Tensor, *, maxiter: int, tol: float = 0.0, x0: Tensor | None = None
+) -> Solution:
+    """The first `maxiter` terms of the Neumann series of A = I - J, whether it converges or not.
+
+    What the I-BAU authors' code sums, for comparison; `tol` and `x0` are accepted and ignored. The residual
+    is that of the sum, and has no bound: `fixed_point` is the same series under control.
+    """
+    size = b.norm().item()
+    x, r, residual, previous = torch.zeros_like(b), b, 1.0, 1.0
+    if size == 0 or maxiter == 0:
+        return Solution(x, 0.0 if size == 0 else 1.0, 0, 0.0, stopped="maxiter")
+    for _ in range(maxiter):
+        x = x + r
+        r = r - matvec(r)
+        previous, residual = residual, r.norm().item() / size
+    return Solution(x, residual, maxiter, residual / max(previous, 1e-30), stopped="maxiter")
+
+
+def conjugate_gradient(
+    matvec: Matvec, b: Tensor, *, maxiter: int, tol: float = 0.0, x0: Tensor | None = None
+) -> Solution:
+    """Solve A x = b by conjugate gradients.
+
+    Needs A symmetric positive definite; then the error falls at least by (sqrt(k) - 1) / (sqrt(k) + 1) an
+    iteration in the norm of A, k its condition number, and vanishes after as many iterations as A has
+    distinct eigenvalues. Symmetry is not checked. A direction whose curvature is, up to rounding, not
+    positive, or a number that is not finite, ends the iteration; the iterate with the smallest residual is
+    returned, and `stopped` and `curvature` say what was met. Stops early at a relative residual of `tol`, or
+    of the rounding unit.
+
+    Rounding makes the residual that the iteration carries along drift from the true one. Where it may have by
+    more than a thousandth, the true one is computed afresh, by one more product.
+    """
+    size = b.norm().item()
+    x, r, residual, products = _start(matvec, b, size, maxiter, x0)
+    unit = torch.finfo(b.dtype).eps
+    scale = size if 0 < size < math.inf else 1.0
+    x, r = x / scale, r / scale  # a tiny b must not underflow when squared
+    first = best = x
+    best_residual = start = residual
+    contraction, curvature, largest, stopped = 0.0, math.inf, 0.0, "maxiter"
+    p = r
+    for _ in range(maxiter):
+        if best_residual <= max(tol, unit):
+            break
+        ap = matvec(p)
+        products += 1
+        pp, pap = p.square().sum().item(), (p * ap).sum().item()
+        if not math.isfinite(pap):
+            stopped = "not finite"
+            break
+        curvature, largest = min(curvature, pap / pp), max(largest, pap / pp)
+        if pap <= unit * largest * pp:
+            stopped = "curvature"
+            break
+        step = residual**2 / pap
+        x, r = x + step * p, r - step * ap
+        previous, residual = residual, r.norm().item()
+        contraction = residual / previous
+        if not math.isfinite(residual):
+            stopped = "not finite"
+            break
+        if residual < best_residual:
+            best, best_residual = x, residual
+        p = r + contraction**2 * p
+    stopped = "tol" if best_residual <= max(tol, unit) else stopped
+    if best is not first and unit * largest * best.norm().item() > 1e-3 * best_residual:
+        best_residual = (b / scale - matvec(best)).norm().item()
+        products += 1
+        if not best_residual < start:
+            best, best_residual = first, start
+        if stopped == "tol" and best_residual > max(tol, 10 * unit):
+            stopped = "rounding"
+    curvature = curvature if curvature < math.inf else math.nan
+    return Solution(best * scale, best_residual, products, contraction, curvature, stopped)
+
+
+def dense(
+    matvec: Matvec, b: Tensor, *, maxiter: int = 0, tol: float = 0.0, x0: Tensor | None = None
+) -> Solution:
+    """Solve A x = b exactly: form A by as many products as there are unknowns, then eliminate.
+
+    Needs A invertible; one that is not, or not finite, gives x = 0 and says so in `stopped`. `curvature` is
+    the smallest eigenvalue of A's symmetric part. For small problems, as the truth to compare with:
+    `maxiter`, `tol` and `x0` are accepted and ignored.
+    """
+    n, size = b.numel(), b.norm().item()
+    if n > DENSE_LIMIT:
+        raise ValueError(f"dense forms a matrix: {n} unknowns are more than its limit of {DENSE_LIMIT}")
+    zero = torch.zeros_like(b)
+    if size == 0:
+        return Solution(zero, 0.0, 0, 0.0, stopped="tol")
+    basis = torch.eye(n, dtype=b.dtype, device=b.device)
+    a = torch.stack([matvec(e.view_as(b)).flatten() for e in basis], dim=1)
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return Solution(zero, 1.0, n, 0.0, stopped="not finite")
+    curvature = torch.linalg.eigvalsh((a + a.T) / 2)[0].item()
+    x, failed = torch.linalg.solve_ex(a, b.flatten())
+    residual = (b.flatten() - a @ x).norm().item() / size
+    if failed or not residual < 1:
+        return Solution(zero, 1.0, n, 0.0, curvature, "singular")
+    return Solution(x.view_as(b), residual, n, 0.0, curvature, "tol")
+
+
+def _start(matvec: Matvec, b: Tensor, size: float, maxiter: int, x0: Tensor | None):
+    """The start of an iteration: x, b - A x, its relative residual and the products spent so far."""
+    if maxiter < 0:
+        raise ValueError(f"maxiter is {maxiter}; it must be at least 0")
+    zero = torch.zeros_like(b)
+    if size == 0:
+        return zero, b, 0.0, 0
+    if x0 is None or not 0 < x0.norm().item() < math.inf:
+        return zero, b, 1.0, 0
+    r = b - matvec(x0)
+    residual = r.norm().item() / size
+    return (x0, r, residual, 1) if residual < 1 else (zero, b, 1.0, 1)
 
 
 @dataclass(frozen=True)
 class Hypergradient:
     """The two terms of d psi / d theta, one tensor a parameter, and how far they can be trusted.
 
-    stationarity  |Phi(delta) - delta| / max(|delta|, 1e-12): 0 at a fixed point, which the theory assumes
-    solution      of the linear system; its residual bounds the implicit term's relative truncation error
+    stationarity  how far delta is from what the theory assumes, 0 being exact; relative, and defined by the
+                  function that made this
+    solution      of the linear system; its residual bounds the implicit term's relative truncation error,
+                  up to the system's condition number. Its x is the warm start (v0) for the next one
+    multiplier    lambda of the constraint |delta| <= radius; 0 in its interior and where there is none
     """
 
     direct: tuple[Tensor, ...]
@@ -76,6 +217,7 @@ class Hypergradient:
     loss: float
     stationarity: float
     solution: Solution
+    multiplier: float = 0.0
 
     @property
     def total(self) -> tuple[Tensor, ...]:
@@ -98,38 +240,167 @@ def implicit_hypergradient(
     solve: Solver = fixed_point,
     maxiter: int = 5,
     tol: float = 0.0,
+    v0: Tensor | None = None,
 ) -> Hypergradient:
-    """d psi / d theta at an (almost) fixed point `delta` of `phi`.
+    """d psi / d theta at an (almost) fixed point `delta` of `phi`: (I - dPhi/ddelta)^T v = dH_out/ddelta.
 
     outer(delta, params) -> scalar; phi(delta, params) -> like delta. Both must use the tensors they are
     handed. Phi must be differentiable at delta: a projected gradient step is, save exactly on the
     constraint's edge. With maxiter = 0 the implicit term is left out, and phi is not evaluated.
-    The result is as good as delta is stationary: see `Hypergradient.stationarity`.
-    """
-    delta = delta.detach().requires_grad_()
-    params = [p.detach().requires_grad_() for p in params]
-    loss = outer(delta, params)
-    b, *direct = torch.autograd.grad(loss, [delta, *params], materialize_grads=True)
-    if maxiter == 0:
-        nothing = Solution(torch.zeros_like(b), 1.0, 0, 0.0)
-        zeros = tuple(torch.zeros_like(p) for p in params)
-        return Hypergradient(tuple(direct), zeros, loss.item(), float("nan"), nothing)
+    v0 warm-starts the solver.
 
-    step = phi(delta, params)
+    Needs delta = Phi(delta); reported: stationarity |Phi(delta) - delta| / max(|delta|, 1e-12).
+    `fixed_point` needs Phi to contract near delta; reported: solution.contraction.
+    `conjugate_gradient` needs dPhi/ddelta symmetric with eigenvalues below 1: true of a gradient step, but
+    not of a projected one on the sphere, for which `kkt_hypergradient` is.
+    """
+    delta, params, loss, b, direct = _outer_gradients(outer, delta, params)
+    if maxiter == 0:
+        return _direct_alone(direct, loss, b)
+    step = phi(delta, _constant(params))
     stationarity = ((step - delta).norm() / delta.norm().clamp_min(1e-12)).item()
 
     def i_minus_jt(v: Tensor) -> Tensor:
         """(I - dPhi/ddelta)^T v"""
-        return v - torch.autograd.grad(step, delta, v, retain_graph=True, materialize_grads=True)[0]
+        return v - _vjp(step, [delta], v)[0]
 
-    solution = solve(i_minus_jt, b, maxiter=maxiter, tol=tol)
-    implicit = torch.autograd.grad(step, params, solution.x, materialize_grads=True)
-    return Hypergradient(tuple(direct), implicit, loss.item(), stationarity, solution)
+    solution = solve(i_minus_jt, b, maxiter=maxiter, tol=tol, x0=v0)
+    if solution.x.any():
+        step = phi(delta, params)
+    return Hypergradient(direct, _vjp(step, params, solution.x), loss, stationarity, solution)
+
+
+@torch.enable_grad()
+def kkt_hypergradient(
+    outer: Callable[[Tensor, Sequence[Tensor]], Tensor],
+    inner: Callable[[Tensor, Sequence[Tensor]], Tensor],
+    delta: Tensor,
+    params: Sequence[Tensor],
+    *,
+    radius: float,
+    solve: Solver = conjugate_gradient,
+    maxiter: int = 5,
+    tol: float = 0.0,
+    v0: Tensor | None = None,
+) -> Hypergradient:
+    """d psi / d theta at an (almost) maximiser `delta` of `inner(delta, params)` over |delta|_2 <= radius.
+
+    With g = d inner/ddelta and H its Hessian, a maximiser obeys g = lambda delta with lambda >= 0, and
+    lambda = 0 in the interior. Differentiating this and the constraint gives
+
+        P (lambda I - H) P v = P dH_out/ddelta,     implicit = (d g/dtheta)^T v,
+
+    where P projects onto the sphere's tangent space at delta; in the interior P = I. v0 warm-starts the
+    solver. With maxiter = 0 the implicit term is left out, and `inner` is not evaluated.
+
+    Needs stationarity, and the system positive definite: delta a strict local maximiser of second order.
+    The step size that a Phi would need plays no part, but `fixed_point` then needs eigenvalues in (0, 2).
+    On the sphere lambda = <g, delta> / |delta|^2 is reported as `multiplier`; a delta there with lambda <= 0
+    is pulled inwards, and treated as an interior point. Reported: stationarity,
+
+        on the sphere   |g - lambda delta| / |g|   the sine of the angle between g and delta
+        inside          |g| / |H delta|            one product; near |delta - delta*| / |delta|
+
+    and solution.curvature, 0 or less when the solver met a direction in which delta is no maximiser.
+    """
+    delta, params, loss, b, direct = _outer_gradients(outer, delta, params)
+    norm = delta.detach().norm()
+    if norm > radius * (1 + ON_SPHERE):
+        raise ValueError(f"|delta| is {norm.item():.6g}, outside the ball of radius {radius:g}")
+    if maxiter == 0:
+        return _direct_alone(direct, loss, b)
+    (g,) = torch.autograd.grad(inner(delta, _constant(params)), delta, create_graph=True)
+    at, slope = delta.detach(), g.detach()
+    multiplier = 0.0
+    if norm >= radius * (1 - ON_SPHERE):
+        multiplier = max(0.0, ((slope * at).sum() / norm**2).item())
+    normal = at / norm if multiplier > 0 else torch.zeros_like(at)
+    if multiplier > 0:
+        rest = slope - multiplier * at
+        stationarity = (rest.norm() / slope.norm()).item()
+    elif norm > 0:
+        stationarity = (slope.norm() / _vjp(g, [delta], at)[0].norm().clamp_min(1e-30)).item()
+    else:
+        stationarity = 0.0 if slope.norm() == 0 else math.inf
+
+    def tangent(v: Tensor) -> Tensor:
+        """P v"""
+        return v - normal * (normal * v).sum()
+
+    def system(v: Tensor) -> Tensor:
+        """P (lambda I - H) P v + lambda (I - P) v: invertible, and the same on the tangent space."""
+        return multiplier * v - tangent(_vjp(g, [delta], tangent(v))[0])
+
+    x0 = None if v0 is None else tangent(v0)
+    solution = solve(system, tangent(b), maxiter=maxiter, tol=tol, x0=x0)
+    if solution.x.any():
+        (g,) = torch.autograd.grad(inner(delta, params), delta, create_graph=True)
+    implicit = _vjp(g, params, solution.x)
+    return Hypergradient(direct, implicit, loss, stationarity, solution, multiplier)
+
+
+@torch.enable_grad()
+def unrolled_hypergradient(
+    outer: Callable[[Tensor, Sequence[Tensor]], Tensor],
+    phi: Callable[[Tensor, Sequence[Tensor]], Tensor],
+    delta0: Tensor,
+    params: Sequence[Tensor],
+    *,
+    steps: int,
+) -> Hypergradient:
+    """The exact derivative of H_out(delta_steps(theta), theta), delta_k+1 = Phi(delta_k, theta) from delta0.
+
+    Needs nothing but smoothness; where Phi contracts it tends to d psi / d theta as `steps` grows. Memory
+    grows with `steps`: every one is kept. Implicit is the part that passes through delta.
+    No system is solved: solution.x is 0 and its residual nan; products are the steps. Reported:
+    stationarity |delta_steps - delta_steps-1| / |delta_steps|, and in solution.contraction the ratio of the
+    last two moves.
+    """
+    if steps < 0:
+        raise ValueError(f"steps is {steps}; it must be at least 0")
+    theta = [p.detach().requires_grad_() for p in params]
+    delta, move, contraction = delta0.detach().requires_grad_(), math.nan, math.nan
+    for _ in range(steps):
+        before, delta = delta, phi(delta, theta)
+        previous, move = move, (delta - before).detach().norm().item()
+        contraction = move / previous if previous > 0 else 0.0
+    _, _, loss, b, direct = _outer_gradients(outer, delta, params)
+    stationarity = move / max(delta.detach().norm().item(), 1e-12)
+    nothing = Solution(torch.zeros_like(b), math.nan, steps, contraction)
+    return Hypergradient(direct, _vjp(delta, theta, b), loss, stationarity, nothing)
 
 
 def project_l2(x: Tensor, radius: float) -> Tensor:
     """The closest point to x in the l2 ball of this radius around 0; differentiable off the sphere."""
+    if math.isinf(radius):
+        return x
     return x * (radius / x.norm().clamp_min(1e-12)).clamp_max(1.0)
+
+
+def _outer_gradients(outer, delta: Tensor, params: Sequence[Tensor]):
+    """Fresh leaves for delta and params, the outer loss there, and its gradients in one backward pass."""
+    delta = delta.detach().requires_grad_()
+    params = [p.detach().requires_grad_() for p in params]
+    loss = outer(delta, params)
+    b, *direct = torch.autograd.grad(loss, [delta, *params], materialize_grads=True)
+    return delta, params, loss.item(), b, tuple(direct)
+
+
+def _direct_alone(direct: tuple[Tensor, ...], loss: float, b: Tensor) -> Hypergradient:
+    nothing = Solution(torch.zeros_like(b), 1.0, 0, 0.0, stopped="maxiter")
+    return Hypergradient(direct, tuple(torch.zeros_like(d) for d in direct), loss, math.nan, nothing)
+
+
+def _constant(params: Sequence[Tensor]) -> list[Tensor]:
+    """The weights as constants: what is recorded with them spends nothing on derivatives by the weights."""
+    return [p.detach() for p in params]
+
+
+def _vjp(output: Tensor, inputs: Sequence[Tensor], v: Tensor) -> tuple[Tensor, ...]:
+    """(d output / d inputs)^T v: one backward pass, or none where it is known to be 0."""
+    if not output.requires_grad or not v.any():
+        return tuple(torch.zeros_like(i) for i in inputs)
+    return torch.autograd.grad(output, inputs, v, retain_graph=True, materialize_grads=True)
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,8 @@ image, hurts most? Then a few outer steps on the clean set follow the implicit h
 import copy
 import math
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +19,24 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from ibau.hypergradient import Hypergradient, implicit_hypergradient, project_l2
+from ibau import hypergradient as hg
+from ibau.hypergradient import Hypergradient, project_l2
+from ibau.layers import cheapen, restore
 from ibau.models import device_of
-from ibau.training import to_float
+from ibau.training import PRECISIONS, autocast, to_float
+
+HYPERGRADIENTS = ("fixed_point", "cg", "unrolled", "neumann")
+COLLAPSE = 0.5  # held-out accuracy below this share of what it was: the round is undone
+ROLLBACKS = 3  # and tried again at half the rate, this often in a row
+LOST = 0.05  # held-out accuracy lost at the end that is worth a warning
 
 
 class UnlearningError(Exception):
     """Unlearning cannot go on; the message says where and why. The model that was given is untouched."""
+
+
+class UnlearningWarning(UserWarning):
+    """The cleaned model is worse on held-out clean images than it should be; the message says by how much."""
 
 
 @dataclass(frozen=True)
@@ -37,36 +49,71 @@ class IBAUSettings:
     CIFAR-10 notebook, which shows delta on 1% of the images.
     """
 
-    rounds: int = 10  # inner solves
-    outer_steps: int = 10  # after each of them
+    rounds: int = 10  # inner solves, at most: see patience
+    outer_steps: int = 10  # after each of them; 0: a pass over the clean set
     batch_size: int = 100  # clean images of an outer step
     share: float = 0.02  # share of these that carries delta
-    lr: float = 5e-4  # of the outer Adam; falls to 0 along a cosine, so the last rounds mend accuracy
-    radius: float = 10.0  # C: the l2 ball that delta may not leave; pixels are in [0, 1]
-    inner_steps: int = 20  # ascent steps of an inner solve
+    lr: float = 5e-4  # of the outer Adam
+    cosine: bool = True  # the rate falls to 0 along a cosine, so the last rounds mend accuracy
+    radius: float = 10.0  # C: the l2 ball that delta may not leave; pixels are in [0, 1]; inf: no bound
+    inner_steps: int = 20  # ascent steps of an inner solve; 0: a pass over the clean set
     inner_images: int = 50  # clean images a round's inner problem is posed on
+    inner_lr: float = 0.0  # 0: normalised ascent, see `maximise`; else plain ascent at this rate, in batches
+    penalty: float = 0.0  # weight of |delta|^2 that the inner objective loses
+    own_labels: bool = False  # the inner objective takes the model's own predictions for labels
+    persistent: bool = False  # the ascent starts from the last round's delta, not afresh
+    hypergradient: str = "fixed_point"  # how the implicit term is computed, see `hypergradient_of`
+    K: int = 5  # terms, iterations or unrolled steps of that; 0 leaves the implicit term out
     phi_step: float = 1.0  # eta: step size of Phi, a projected gradient ascent step on the inner objective
-    K: int = 5  # terms of the Neumann series; 0 leaves the implicit term out
     tol: float = 1e-2  # relative residual at which the linear solve stops early
+    held_out: float = 0.2  # share of the clean images that is only watched, 500 at most; 0: nothing is
+    patience: int = 4  # rounds without a lower held-out objective after which to stop
+    precision: str = "auto"  # of the ascent and of steps with K = 0; float32 where K > 0
+
+    @classmethod
+    def authors(cls, rounds: int = 1) -> "IBAUSettings":
+        """The recipe of the authors' script as it stands, for comparison.
+
+        delta ascends by SGD in one pass over the clean set, neither bounded nor clamped, against the model's
+        own predictions; Phi is a step of 0.1 on one batch; five terms of the series are summed whether it
+        converges or not; delta is shown on one image in a hundred. Nothing is held out.
+        """
+        return cls(
+            rounds=rounds,
+            outer_steps=0,
+            share=0.01,
+            lr=1e-3,
+            cosine=False,
+            radius=math.inf,
+            inner_steps=0,
+            inner_images=100,
+            inner_lr=10.0,
+            penalty=1e-3,
+            own_labels=True,
+            hypergradient="neumann",
+            phi_step=0.1,
+            held_out=0.0,
+            precision="float32",
+        )
 
     def __post_init__(self):
-        for name in (
-            "rounds",
-            "outer_steps",
-            "radius",
-            "inner_steps",
-            "inner_images",
-            "phi_step",
-            "lr",
-            "batch_size",
-        ):
+        for name in ("rounds", "radius", "inner_images", "phi_step", "lr", "batch_size", "patience"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("K", "tol"):
-            if getattr(self, name) < 0:
+        for name in ("K", "tol", "outer_steps", "inner_steps", "inner_lr", "penalty"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}; it must lie in (0, 1]")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; it must lie in [0, 1)")
+        for name, valid in (("hypergradient", HYPERGRADIENTS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; valid: {', '.join(valid)}")
+        if math.isinf(self.radius) and not self.inner_lr:
+            raise ValueError("radius is inf; normalised ascent needs a finite one, or set inner_lr")
+        if self.hypergradient == "cg" and (math.isinf(self.radius) or self.penalty):
+            raise ValueError("hypergradient 'cg' needs a finite radius and no penalty")
 
 
 @dataclass(frozen=True)
@@ -85,11 +132,19 @@ class Perturbation:
 
 @dataclass(frozen=True, eq=False)
 class Unlearned:
-    """`model` is the cleaned copy, `history` one dict a round, `deltas` (rounds, 3, H, W) what each found."""
+    """The cleaned copy, and how it came about.
+
+    history  one dict a round: what the inner solve and the outer steps were like; with images held out, also
+             held_out_objective (what the outer steps minimise, for the weights the round began with and the
+             delta it found) and held_out_acc (after the round)
+    deltas   (rounds, 3, H, W): the perturbation each round found
+    stopped  why it ended: "rounds", or "patience"
+    """
 
     model: nn.Module
     history: list[dict]
     deltas: Tensor
+    stopped: str
 
 
 def inner_objective(
@@ -101,14 +156,14 @@ def inner_objective(
     or white already, and a trigger there stays out of its sight.
     """
     logits = functional_call(model, params, (images + delta,))
-    return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
 
 
-def maximise(objective, delta: Tensor, *, radius: float, steps: int, phi) -> Perturbation:
+def maximise(objective, delta: Tensor, *, radius: float, steps: int) -> Tensor:
     """Maximise `objective(delta)` over the l2 ball: normalised gradient ascent, its step falling to zero.
 
     The step shrinks linearly from radius / 5, so the path can cross the ball in a few steps and still come to
-    rest. `phi(delta)` is the projected gradient step whose fixed points are the stationary points.
+    rest.
     """
     delta = delta.detach()
     for step in range(steps):
@@ -116,10 +171,7 @@ def maximise(objective, delta: Tensor, *, radius: float, steps: int, phi) -> Per
         (gradient,) = torch.autograd.grad(objective(delta), delta)
         length = radius / 5 * (1 - step / steps)
         delta = project_l2(delta.detach() + length * gradient / gradient.norm().clamp_min(1e-12), radius)
-    with torch.enable_grad():
-        moved = phi(delta.requires_grad_())
-    stationarity = ((moved - delta).norm() / delta.norm().clamp_min(1e-12)).item()
-    return Perturbation(delta.detach(), objective(delta).item(), stationarity)
+    return delta.detach()
 
 
 @torch.enable_grad()
@@ -131,7 +183,7 @@ def unlearn(
     seed: int = 0,
     *,
     progress: bool = False,
-    on_round=None,
+    on_round: Callable[[nn.Module, list[dict]], None] | None = None,
 ) -> Unlearned:
     """Remove a backdoor from a copy of `model`, with a small clean set and no knowledge of the trigger.
 
@@ -140,49 +192,145 @@ def unlearn(
     labels    (N,) int64: their true classes
     on_round  called after every round as on_round(model, history), to watch the cleaning
 
-    Batch statistics stay fixed (eval mode), as in the authors' code. Raises ValueError for a clean set that
-    cannot be used, UnlearningError when the loss is not finite.
+    Batch statistics stay fixed (eval mode), as in the authors' code. Part of the clean images is held out:
+    it decides when to stop, and a round after which accuracy on it has collapsed, or whose loss is not
+    finite, is undone and tried again at half the rate.
+
+    Raises ValueError for a clean set that cannot be used, UnlearningError when the rate was halved in vain.
+    Warns (UnlearningWarning) when held-out accuracy ends more than 5 points below what it was.
     """
     device = device_of(model)
     images, labels = _checked(model, images, labels, device)
-    cleaned = copy.deepcopy(model).eval()
-    weights = dict(cleaned.named_parameters())
-    for weight in weights.values():
-        weight.requires_grad_()
-    optimizer = torch.optim.Adam(weights.values(), lr=settings.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.rounds * settings.outer_steps)
     generator = torch.Generator().manual_seed(seed)
-    batches = _batches(len(images), settings.batch_size, generator)
-    history, deltas = [], []
-    for number in tqdm(range(1, settings.rounds + 1), desc="I-BAU", unit="round", disable=not progress):
+    (images, labels), watched = _hold_out(images, labels, settings, generator)
+    cleaned = cheapen(copy.deepcopy(model).eval())
+    for weight in cleaned.parameters():
+        weight.requires_grad_()
+    if device.type in ("cpu", "cuda"):
+        cleaned.to(memory_format=torch.channels_last)
+    run = _Run(cleaned, images, labels, settings, generator)
+    accuracy = before = _accuracy(cleaned, *watched)
+    history, deltas, objectives, rollbacks, stopped = [], [], [], 0, "rounds"
+    bar = tqdm(total=settings.rounds, desc="I-BAU", unit="round", disable=not progress)
+    with bar:
+        while len(history) < settings.rounds:
+            kept = run.state()
+            try:
+                line, delta = run.round()
+                accuracy = _accuracy(cleaned, *watched)
+                if accuracy < COLLAPSE * before:
+                    raise UnlearningError(f"held-out accuracy fell from {before:.1%} to {accuracy:.1%}")
+            except UnlearningError as error:
+                rollbacks += 1
+                if rollbacks > ROLLBACKS:
+                    raise UnlearningError(
+                        f"round {len(history) + 1}: {error}; undone, and the rate halved {ROLLBACKS} times "
+                        f"in vain; try a lower rate than lr={settings.lr:g}"
+                    ) from None
+                run.restart(kept)
+                continue
+            rollbacks, found = 0, {}
+            if len(watched[0]):
+                objectives.append(run.held_out_objective(kept[0], delta, *watched))
+                found = {"held_out_objective": objectives[-1], "held_out_acc": accuracy}
+                bar.set_postfix(held_out=f"{accuracy:.1%}")
+            history.append({"round": len(history) + 1, **line, **found, "rate": run.rate})
+            deltas.append(delta[0].cpu())
+            bar.update()
+            if on_round:
+                on_round(cleaned, history)
+            if len(objectives) - 1 - _first_lowest(objectives) >= settings.patience:
+                stopped = "patience"
+                break
+    restore(cleaned).to(memory_format=torch.contiguous_format)
+    _warn_if_lost(before, accuracy, len(watched[0]))
+    return Unlearned(cleaned, history, torch.stack(deltas), stopped)
+
+
+class _Run:
+    """The state that rounds change: weights, their optimiser, the rate, the last delta, the batches."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, settings: IBAUSettings, generator):
+        self.model, self.images, self.labels = model, images, labels
+        self.settings, self.generator = settings, generator
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+        self.batches = _batches(len(images), settings.batch_size, generator)
+        a_pass = math.ceil(len(images) / settings.batch_size)
+        self.outer_steps = settings.outer_steps or a_pass
+        self.inner_steps = settings.inner_steps or a_pass
+        self.rate, self.taken, self.delta = settings.lr, 0, None
+
+    def state(self) -> tuple:
+        return copy.deepcopy(
+            (self.model.state_dict(), self.optimizer.state_dict(), self.rate, self.taken, self.delta)
+        )
+
+    def restart(self, state: tuple) -> None:
+        """Go back to `state`, at half the rate."""
+        weights, optimizer, _, self.taken, self.delta = state
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer)
+        self.rate /= 2
+
+    def round(self) -> tuple[dict, Tensor]:
+        """Solve the inner problem, take the outer steps; returns what it was like, and delta (1, 3, H, W)."""
         started = time.perf_counter()
-        sample = torch.randperm(len(images), generator=generator)[: settings.inner_images].to(device)
-        inner = InnerProblem(cleaned, to_float(images[sample]), labels[sample], settings)
-        found = inner.solve(generator)
+        sample = torch.randperm(len(self.images), generator=self.generator)[: self.settings.inner_images]
+        sample = sample.to(self.images.device)
+        inner = InnerProblem(self.model, self.images[sample], self.labels[sample], self.settings)
+        found = inner.solve(self.generator, start=self.delta, steps=self.inner_steps, batches=self._pool())
+        if not math.isfinite(found.loss):
+            raise UnlearningError(f"the inner loss became {found.loss}")
+        if self.settings.persistent:
+            self.delta = found.delta
         inner_seconds = time.perf_counter() - started
         steps = []
-        for _ in range(settings.outer_steps):
-            batch = next(batches).to(device)
-            steps.append(outer_step(inner, found.delta, images[batch], labels[batch], optimizer, generator))
-            schedule.step()
-        history.append(
-            {
-                "round": number,
-                "inner_loss": found.loss,
-                "delta_norm": found.delta.norm().item(),
-                "stationarity": found.stationarity,
-                "outer_loss": _mean([s.loss for s in steps]),
-                "implicit_over_direct": _mean([s.ratio for s in steps]),
-                "residual": _mean([s.solution.residual for s in steps]),
-                "contraction": _mean([s.solution.contraction for s in steps]),
-                "inner_seconds": inner_seconds,
-                "seconds": time.perf_counter() - started,
-            }
-        )
-        deltas.append(found.delta[0].cpu())
-        if on_round:
-            on_round(cleaned, history)
-    return Unlearned(cleaned, history, torch.stack(deltas))
+        for _ in range(self.outer_steps):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate_now()
+            batch = next(self.batches).to(self.images.device)
+            steps.append(
+                outer_step(
+                    inner, found.delta, self.images[batch], self.labels[batch], self.optimizer, self.generator
+                )
+            )
+            self.taken += 1
+        line = {
+            "inner_loss": found.loss,
+            "delta_norm": found.delta.norm().item(),
+            "stationarity": found.stationarity,
+            "outer_loss": _mean([s.loss for s in steps]),
+            "implicit_over_direct": _mean([s.ratio for s in steps]),
+            "residual": _mean([s.solution.residual for s in steps]),
+            "contraction": _mean([s.solution.contraction for s in steps]),
+            "inner_seconds": inner_seconds,
+            "seconds": time.perf_counter() - started,
+        }
+        return line, found.delta
+
+    @torch.no_grad()
+    def held_out_objective(self, weights: dict, delta: Tensor, images: Tensor, labels: Tensor) -> float:
+        """The outer objective on held-out images, for these weights: share of it under delta."""
+        share, losses = self.settings.share, []
+        named = {name: weights[name] for name, _ in self.model.named_parameters()}
+        for x, y in zip(images.split(500), labels.split(500), strict=True):
+            x = to_float(x)
+            clean = inner_objective(self.model, named, torch.zeros_like(delta), x, y)
+            hurt = inner_objective(self.model, named, delta, x, y)
+            losses.append(((1 - share) * clean + share * hurt).item() * len(x))
+        return sum(losses) / len(images)
+
+    def _rate_now(self) -> float:
+        if not self.settings.cosine:
+            return self.rate
+        done = self.taken / (self.settings.rounds * self.outer_steps)
+        return self.rate / 2 * (1 + math.cos(math.pi * done))
+
+    def _pool(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the clean set, endlessly."""
+        for batch in _batches(len(self.images), self.settings.batch_size, self.generator):
+            batch = batch.to(self.images.device)
+            yield self.images[batch], self.labels[batch]
 
 
 class InnerProblem:
@@ -193,33 +341,70 @@ class InnerProblem:
     """
 
     def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, settings: IBAUSettings):
-        self.model, self.images, self.labels, self.settings = model, images, labels, settings
+        self.model, self.settings = model, settings
         self.names = [name for name, _ in model.named_parameters()]
+        self.images, self.labels = self._ready(images, labels)
 
     def weights(self) -> list[Tensor]:
         return [p.detach() for p in self.model.parameters()]
 
     def objective(self, delta: Tensor, params: Sequence[Tensor]) -> Tensor:
         """H(delta, theta) on the sample."""
-        named = dict(zip(self.names, params, strict=True))
-        return inner_objective(self.model, named, delta, self.images, self.labels)
+        return self._objective(delta, params, self.images, self.labels)
 
     def phi(self, delta: Tensor, params: Sequence[Tensor]) -> Tensor:
         """Phi(delta, theta) = project(delta + eta dH/ddelta): one projected gradient ascent step."""
         (gradient,) = torch.autograd.grad(self.objective(delta, params), delta, create_graph=True)
         return project_l2(delta + self.settings.phi_step * gradient, self.settings.radius)
 
-    def solve(self, generator: torch.Generator) -> Perturbation:
-        """Ascend from a small random start: at 0 itself the projection has no direction to keep."""
-        weights = self.weights()
-        start = torch.randn(1, *self.images.shape[1:], generator=generator).to(self.images.device)
-        return maximise(
-            lambda delta: self.objective(delta, weights),
-            start * (0.01 * self.settings.radius / start.norm()),
-            radius=self.settings.radius,
-            steps=self.settings.inner_steps,
-            phi=lambda delta: self.phi(delta, weights),
-        )
+    def solve(
+        self, generator: torch.Generator, *, start: Tensor | None = None, steps: int = 0, batches=None
+    ) -> Perturbation:
+        """Ascend from `start`, or from a small random one: at 0 the projection has no direction to keep.
+
+        With `inner_lr` the ascent is plain, from 0, and each step takes its images from `batches`.
+        """
+        settings, weights = self.settings, self.weights()
+        shape = (1, *self.images.shape[1:])
+        if settings.inner_lr:
+            delta = torch.zeros(shape, device=self.images.device) if start is None else start
+            for _, (x, y) in zip(range(steps), batches, strict=False):
+                x, y = self._ready(x, y)
+                delta = delta.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(self._objective(delta, weights, x, y), delta)
+                delta = project_l2(delta.detach() + settings.inner_lr * gradient, settings.radius)
+        else:
+            if start is None:
+                start = torch.randn(shape, generator=generator).to(self.images.device)
+                start *= 0.01 * settings.radius / start.norm()
+
+            def low_precision(delta: Tensor) -> Tensor:
+                with autocast(self.images.device, settings.precision):
+                    return self.objective(delta, weights)
+
+            delta = maximise(
+                low_precision, start, radius=settings.radius, steps=steps or settings.inner_steps
+            )
+        delta = delta.detach().requires_grad_()
+        loss = self.objective(delta, weights)
+        (gradient,) = torch.autograd.grad(loss, delta)
+        delta = delta.detach()
+        moved = project_l2(delta + settings.phi_step * gradient, settings.radius)
+        stationarity = ((moved - delta).norm() / delta.norm().clamp_min(1e-12)).item()
+        return Perturbation(delta, loss.item(), stationarity)
+
+    def _objective(self, delta: Tensor, params: Sequence[Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        named = dict(zip(self.names, params, strict=True))
+        value = inner_objective(self.model, named, delta, images, labels)
+        return value - self.settings.penalty * delta.square().sum() if self.settings.penalty else value
+
+    def _ready(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images as floats, with the labels the inner objective takes."""
+        images = _channels_last(to_float(images))
+        if self.settings.own_labels:
+            with torch.no_grad():
+                labels = self.model(images.clone()).argmax(1)
+        return images, labels
 
 
 def outer_step(
@@ -227,27 +412,85 @@ def outer_step(
 ) -> Hypergradient:
     """One Adam step along the hypergradient of the batch's cross-entropy; `share` of it carries delta."""
     settings = inner.settings
-    images = to_float(images)
+    images = _channels_last(to_float(images))
     count = max(1, round(settings.share * len(images)))
     chosen = torch.randperm(len(images), generator=generator)[:count].to(images.device)
     carries = torch.zeros(len(images), 1, 1, 1, device=images.device).index_fill_(0, chosen, 1)
+    precision = "float32" if settings.K else settings.precision
 
     def outer(delta: Tensor, params: Sequence[Tensor]) -> Tensor:
         named = dict(zip(inner.names, params, strict=True))
-        return inner_objective(inner.model, named, carries * delta, images, labels)
+        with autocast(images.device, precision):
+            return inner_objective(inner.model, named, carries * delta, images, labels)
 
-    gradient = implicit_hypergradient(
-        outer, inner.phi, delta, inner.weights(), maxiter=settings.K, tol=settings.tol
-    )
+    gradient = hypergradient_of(outer, inner, delta)
     if not (math.isfinite(gradient.loss) and math.isfinite(gradient.ratio)):
         raise UnlearningError(
-            f"the outer loss became {gradient.loss} and |implicit| / |direct| {gradient.ratio}; "
-            f"try a lower rate than lr={settings.lr:g}"
+            f"the outer loss became {gradient.loss} and |implicit| / |direct| {gradient.ratio}"
         )
     for weight, step in zip(inner.model.parameters(), gradient.total, strict=True):
         weight.grad = step
     optimizer.step()
     return gradient
+
+
+def hypergradient_of(outer, inner: InnerProblem, delta: Tensor) -> Hypergradient:
+    """d psi / d theta at delta, as the settings' `hypergradient` says.
+
+    fixed_point  the Neumann series of Phi, kept to its best partial sum
+    cg           conjugate gradients on the optimality conditions of the ball
+    unrolled     differentiates through K more steps of Phi
+    neumann      the first K terms of the series, whatever they come to: the authors'
+    """
+    settings, weights = inner.settings, inner.weights()
+    if settings.hypergradient == "unrolled" and settings.K:
+        return hg.unrolled_hypergradient(outer, inner.phi, delta, weights, steps=settings.K)
+    how = {"maxiter": settings.K, "tol": settings.tol}
+    if settings.hypergradient == "cg":
+        return hg.kkt_hypergradient(outer, inner.objective, delta, weights, radius=settings.radius, **how)
+    solve = hg.neumann if settings.hypergradient == "neumann" else hg.fixed_point
+    return hg.implicit_hypergradient(outer, inner.phi, delta, weights, solve=solve, **how)
+
+
+def _hold_out(images: Tensor, labels: Tensor, settings: IBAUSettings, generator: torch.Generator):
+    """The images to learn from, and those to watch (none where the share comes to less than one)."""
+    count = min(500, int(settings.held_out * len(images)))
+    if count == 0:
+        return (images, labels), (images[:0], labels[:0])
+    order = torch.randperm(len(images), generator=generator).to(images.device)
+    used, watched = order[count:], order[:count]
+    return (images[used], labels[used]), (images[watched], labels[watched])
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The share of right answers; nan without images, which no comparison finds too low."""
+    if len(images) == 0:
+        return math.nan
+    right = [
+        (model(to_float(x).clone()).argmax(1) == y).sum().item()
+        for x, y in zip(images.split(500), labels.split(500), strict=True)
+    ]
+    return sum(right) / len(images)
+
+
+def _warn_if_lost(before: float, after: float, n: int) -> None:
+    if before - after > LOST:
+        warnings.warn(
+            f"accuracy on the {n} held-out clean images fell from {before:.1%} to {after:.1%}; "
+            "a lower rate, a smaller radius, or more clean images keep more of it",
+            UnlearningWarning,
+            stacklevel=3,
+        )
+
+
+def _first_lowest(values: list[float]) -> int:
+    return values.index(min(values)) if values else -1
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    cpu_or_cuda = images.device.type in ("cpu", "cuda")
+    return images.contiguous(memory_format=torch.channels_last) if cpu_or_cuda else images
 
 
 def _batches(n: int, size: int, generator: torch.Generator):

@@ -9,12 +9,20 @@ import torch
 from torch import nn
 
 import ibau
-from ibau import metrics, models
+from ibau import metrics, models, unlearning
 from ibau.attacks import badnets, poison
 from ibau.datasets import load
-from ibau.hypergradient import project_l2
 from ibau.training import TrainSettings, train
-from ibau.unlearning import IBAUSettings, UnlearningError, inner_objective, maximise, unlearn
+from ibau.unlearning import (
+    HYPERGRADIENTS,
+    IBAUSettings,
+    InnerProblem,
+    UnlearningError,
+    UnlearningWarning,
+    inner_objective,
+    maximise,
+    unlearn,
+)
 
 SMALL = IBAUSettings(rounds=2, outer_steps=3, batch_size=8, inner_steps=5, inner_images=6, K=2)
 HISTORY = {
@@ -28,6 +36,9 @@ HISTORY = {
     "contraction",
     "inner_seconds",
     "seconds",
+    "held_out_objective",
+    "held_out_acc",
+    "rate",
 }
 
 
@@ -203,17 +214,11 @@ def test_the_package_offers_it_at_the_top():
 def test_maximise_finds_the_maximum_of_a_linear_objective_on_the_ball():
     torch.manual_seed(0)
     g, radius = torch.randn(1, 3, 6, 6), 3.0
-
-    def objective(delta):
-        return (g * delta).sum()
-
     start = 0.01 * torch.randn_like(g)
-    found = maximise(objective, start, radius=radius, steps=50, phi=lambda d: project_l2(d + 0.1 * g, radius))
-    assert found.loss == pytest.approx(radius * g.norm().item(), rel=1e-4)
-    assert found.delta.norm().item() == pytest.approx(radius, rel=1e-5)
-    assert found.stationarity < 1e-3
-    torch.testing.assert_close(found.delta, radius * g / g.norm(), rtol=0, atol=1e-2)
-    assert not found.delta.requires_grad
+    found = maximise(lambda delta: (g * delta).sum(), start, radius=radius, steps=50)
+    assert found.norm().item() == pytest.approx(radius, rel=1e-5)
+    torch.testing.assert_close(found, radius * g / g.norm(), rtol=0, atol=1e-2)
+    assert not found.requires_grad
     assert not start.requires_grad
 
 
@@ -221,25 +226,24 @@ def test_maximise_comes_to_rest_at_a_maximum_inside_the_ball():
     torch.manual_seed(0)
     peak = torch.randn(1, 3, 4, 4)
     peak *= 2 / peak.norm()
-
-    def phi(delta):
-        return project_l2(delta + 0.5 * (peak - delta), 10.0)
-
-    found = maximise(
-        lambda d: -((d - peak) ** 2).sum() / 2, 0.01 * peak.flip(3), radius=10.0, steps=200, phi=phi
-    )
-    assert found.stationarity < 0.02
-    assert (found.delta - peak).norm() < 0.05
-    assert found.stationarity == pytest.approx(
-        ((phi(found.delta) - found.delta).norm() / found.delta.norm()).item()
-    )
+    found = maximise(lambda d: -((d - peak) ** 2).sum() / 2, 0.01 * peak.flip(3), radius=10.0, steps=200)
+    assert (found - peak).norm() < 0.05
 
 
 def test_a_flat_objective_moves_nothing():
     start = torch.ones(1, 1, 2, 2)
-    found = maximise(lambda d: (0 * d).sum(), start, radius=5.0, steps=5, phi=lambda d: d * 1)
-    assert torch.equal(found.delta, start)
-    assert found.stationarity == 0
+    assert torch.equal(maximise(lambda d: (0 * d).sum(), start, radius=5.0, steps=5), start)
+
+
+@pytest.mark.parametrize("radius", [0.5, 100.0])
+def test_a_solution_says_how_near_to_stationary_it_is(model, images, labels, radius):
+    settings = replace(SMALL, radius=radius, inner_steps=40)
+    inner = InnerProblem(model, images, labels, settings)
+    found = inner.solve(torch.Generator().manual_seed(0))
+    moved = inner.phi(found.delta.requires_grad_(), inner.weights()).detach()
+    gap = ((moved - found.delta).norm() / found.delta.norm()).item()
+    assert found.stationarity == pytest.approx(gap, rel=1e-4)
+    assert found.loss == pytest.approx(inner.objective(found.delta, inner.weights()).item(), rel=1e-5)
 
 
 def test_the_inner_objective_is_the_cross_entropy_of_the_perturbed_images_uncut(model, images, labels):
@@ -301,8 +305,14 @@ def test_a_model_that_is_no_classifier_is_refused(images, labels, output, messag
     [
         *(
             ({name: 0}, f"{name} is 0; it must be positive")
-            for name in ("rounds", "outer_steps", "radius", "inner_steps", "inner_images", "batch_size")
+            for name in ("rounds", "radius", "inner_images", "batch_size", "patience")
         ),
+        ({"outer_steps": -1}, "outer_steps is -1; it must not be negative"),
+        ({"held_out": 1.0}, r"held_out is 1.0; it must lie in \[0, 1\)"),
+        ({"hypergradient": "magic"}, "hypergradient is 'magic'; valid: fixed_point, cg, unrolled, neumann"),
+        ({"precision": "half"}, "precision is 'half'; valid: auto, float32, bfloat16"),
+        ({"radius": math.inf}, "radius is inf; normalised ascent needs a finite one"),
+        ({"hypergradient": "cg", "penalty": 0.1}, "'cg' needs a finite radius and no penalty"),
         ({"lr": -1e-3}, "lr is -0.001"),
         ({"lr": math.nan}, "lr is nan"),
         ({"phi_step": 0.0}, "phi_step is 0.0"),
@@ -335,8 +345,110 @@ def test_a_rate_beyond_reason_is_an_error_and_the_model_stays(model, images, lab
 
 @pytest.mark.parametrize("k", [0, 2])
 def test_a_model_that_returns_nan_is_an_error(images, labels, k):
-    with pytest.raises(UnlearningError, match="the outer loss became nan"):
+    with pytest.raises(UnlearningError, match="the inner loss became nan; undone, and the rate halved 3"):
         unlearn(Output(lambda x: x.mean((2, 3)) * math.nan), images, labels % 3, replace(SMALL, K=k))
+
+
+# ---- when it goes wrong, and when it stops
+
+
+def collapsing_at(monkeypatch, rounds):
+    """Make the weights worthless after these rounds (counted with repetitions); returns the rates used."""
+    real, rates = unlearning._Run.round, []
+
+    def spoilt(run):
+        found = real(run)
+        rates.append(run.rate)
+        if len(rates) in rounds:
+            with torch.no_grad():
+                for weight in run.model.parameters():
+                    weight.zero_()
+        return found
+
+    monkeypatch.setattr(unlearning._Run, "round", spoilt)
+    return rates
+
+
+class Sure(nn.Module):
+    """Says class 1 of 2 as long as its weight is positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        return self.scale * torch.tensor([-1.0, 1.0]) + 0 * images.mean((1, 2, 3))[:, None]
+
+
+@pytest.fixture
+def trained():
+    """A model, and labels about which it is right."""
+    model = Sure()
+    return model, torch.ones(20, dtype=torch.int64)
+
+
+def test_a_collapse_is_undone_and_the_rate_halved(trained, images, monkeypatch):
+    model, labels = trained
+    rates = collapsing_at(monkeypatch, {2, 3})
+    result = unlearn(model, images, labels, replace(SMALL, rounds=3, K=0))
+    assert rates == [SMALL.lr, SMALL.lr, SMALL.lr / 2, SMALL.lr / 4, SMALL.lr / 4]
+    assert [line["rate"] for line in result.history] == [SMALL.lr, SMALL.lr / 4, SMALL.lr / 4]
+    assert metrics.accuracy(result.model, images, labels).value == 1
+
+
+def test_a_collapse_that_stays_is_an_error(trained, images, monkeypatch):
+    model, labels = trained
+    collapsing_at(monkeypatch, set(range(1, 100)))
+    with pytest.raises(
+        UnlearningError, match=r"round 1: held-out accuracy fell from .* in vain; try a lower"
+    ):
+        unlearn(model, images, labels, replace(SMALL, K=0))
+
+
+def test_lost_accuracy_is_never_silent(trained, images):
+    model, labels = trained
+    with pytest.warns(UnlearningWarning, match="held-out clean images fell from"):
+        unlearning._warn_if_lost(0.9, 0.84, 100)
+    assert unlearning._warn_if_lost(0.9, 0.86, 100) is None
+
+
+def test_it_stops_when_the_held_out_objective_no_longer_falls(model, images, labels, monkeypatch):
+    values = iter([3.0, 2.0, 2.5, 2.1, 1.0, 0.5])
+    monkeypatch.setattr(unlearning._Run, "held_out_objective", lambda *_: next(values))
+    result = unlearn(model, images, labels, replace(SMALL, rounds=6, patience=2))
+    assert result.stopped == "patience"
+    assert [line["held_out_objective"] for line in result.history] == [3.0, 2.0, 2.5, 2.1]
+
+
+def test_the_held_out_objective_is_the_outer_one_of_the_weights_before_the_round(model, images, labels):
+    result = unlearn(model, images, labels, replace(SMALL, rounds=1, share=0.25))
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    x, y = images[order[:4]] / 255, labels[order[:4]]
+    clean, hurt = (nn.functional.cross_entropy(model(x + d), y) for d in (0, result.deltas[0]))
+    expected = (0.75 * clean + 0.25 * hurt).item()
+    assert result.history[0]["held_out_objective"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_nothing_held_out_learns_from_every_image(model, images, labels):
+    result = unlearn(model, images, labels, replace(SMALL, held_out=0.0))
+    assert "held_out_acc" not in result.history[0]
+    assert result.stopped == "rounds"
+
+
+@pytest.mark.parametrize("how", HYPERGRADIENTS)
+def test_every_hypergradient_can_be_asked_for(model, images, labels, how):
+    settings = replace(SMALL, hypergradient=how, inner_steps=40, radius=1.0)
+    result = unlearn(model, images, labels, settings)
+    assert result.history[0]["implicit_over_direct"] > 0
+
+
+def test_the_authors_recipe_runs_as_it_stands(model, images, labels):
+    settings = IBAUSettings.authors()
+    assert (settings.K, settings.share, settings.lr, settings.inner_lr) == (5, 0.01, 1e-3, 10.0)
+    result = unlearn(model, images, labels, replace(settings, batch_size=7))
+    assert result.history[0]["implicit_over_direct"] > 0
+    assert len(result.history) == 1
+    assert "held_out_acc" not in result.history[0]
 
 
 # ---- what it is for
