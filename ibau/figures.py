@@ -219,7 +219,7 @@ def results_table(records: list[dict]) -> pd.DataFrame:
         about, victim = record["settings"], record["settings"]["victim"]
         setting = {
             "data set": victim["dataset"],
-            "attack": victim["attack"],
+            "attack": attack_label(victim),
             "training images": victim["train_images"],
             "epochs": victim["training"]["epochs"],
             "clean images": about["clean_images"],
@@ -243,6 +243,15 @@ def results_table(records: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def attack_label(victim: dict) -> str:
+    """What a victim's settings are called: their label in STANDARD, "clean", or attack and target."""
+    if victim["attack"] == "none":
+        return "clean"
+    labels = {attack_and_target: label for label, attack_and_target in experiments.STANDARD.items()}
+    name = f"{victim['attack']} to {victim['target']}"
+    return labels.get((victim["attack"], victim["target"]), name)
+
+
 def _cell(rates: list[dict]) -> str:
     values = [100 * rate["value"] for rate in rates]
     if len(values) == 1:
@@ -252,10 +261,30 @@ def _cell(rates: list[dict]) -> str:
 
 def results_markdown(records: list[dict]) -> str:
     """README.md's results: the columns a newcomer needs of `results_table`, as a Markdown table."""
-    columns = ["data set", "attack", "clean images", "seeds"]
+    columns = ["data set", "attack", "clean images", "K", "seeds"]
     columns += ["ACC before", "ACC after", "ASR before", "ASR after"]
-    table = results_table(records)[columns]
-    lines = [columns, ["---"] * len(columns), *table.astype(str).values.tolist()]
+    return _markdown(columns, results_table(records)[columns].astype(str).values.tolist())
+
+
+def victims_markdown(records: list[dict]) -> str:
+    """README.md's attacks: ACC and ASR of each victim, a column for each way of training."""
+    groups = trained_alike(records)
+    rows = [
+        [label, *(_acc_and_asr(found.get(label, [])) for found in groups.values())]
+        for label in ("clean", *experiments.STANDARD)
+    ]
+    return _markdown(["ACC / ASR in %", *groups], rows)
+
+
+def _acc_and_asr(same: list[dict]) -> str:
+    if not same:
+        return "not run"
+    acc = f"{_mean(same, 'acc'):.1%}".rstrip("%")
+    return acc if same[0]["measured"]["asr"] is None else f"{acc} / {_mean(same, 'asr'):.1%}".rstrip("%")
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -377,14 +406,13 @@ def trained_alike(records: list[dict]) -> dict[str, dict[str, list[dict]]]:
     but attack, target and seed are kept apart, with a number where the name would not tell them. Records of
     other attacks, or of another strength than the default, are left out.
     """
-    labels = {attack_and_target: label for label, attack_and_target in experiments.STANDARD.items()}
-    labels["none", 0] = "clean"
+    labels = {"clean", *experiments.STANDARD}
     groups: dict[str, dict[str, list[dict]]] = {}
     names: dict[str, str] = {}
     for record in records:
         about = record["settings"]
-        label = labels.get((about["attack"], about["target"]))
-        if label is None or about["strength"] is not None:
+        label = attack_label(about)
+        if label not in labels or about["strength"] is not None:
             continue
         common = {k: v for k, v in about.items() if k not in ("attack", "target", "seed", "split_seed")}
         key = experiments.key(common)
@@ -468,18 +496,20 @@ def triggers_table(groups: dict[str, list[dict]]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-RESULTS = re.compile(r"(<!-- results:.*?-->\n).*?(<!-- end of results -->)", re.DOTALL)
-
-
 def write_readme(readme: Path) -> None:
-    """Put `results_markdown` of the recorded runs between README.md's two marks."""
-    table = results_markdown(experiments.recorded())
-    text = RESULTS.sub(lambda found: f"{found[1]}{table}\n{found[2]}", readme.read_text(encoding="utf-8"))
+    """Put the tables of the recorded runs between README.md's marks."""
+    text = readme.read_text(encoding="utf-8")
+    for mark, table in (
+        ("results", results_markdown(experiments.recorded())),
+        ("attacks", victims_markdown(experiments.recorded_victims())),
+    ):
+        block = re.compile(rf"(<!-- {mark}:.*?-->\n).*?(<!-- end of {mark} -->)", re.DOTALL)
+        text = block.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
     readme.write_text(text, encoding="utf-8")
 
 
 def draw_rounds(records: list[dict], path: Path) -> None:
-    """ACC and ASR round by round, a panel a data set, all its seeds in it; PNG and SVG."""
+    """ACC and ASR round by round, a panel a data set, all its runs in it; PNG and SVG."""
     style()
     names = sorted({record["settings"]["victim"]["dataset"] for record in records})
     figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.6), sharey=True, squeeze=False)
@@ -487,7 +517,7 @@ def draw_rounds(records: list[dict], path: Path) -> None:
         same = [record for record in records if record["settings"]["victim"]["dataset"] == name]
         for i, record in enumerate(same):
             plot_rounds(ax, record, legend=i == 0)
-        ax.set_title(f"{name}, {len(same)} seed{'s' * (len(same) > 1)}")
+        ax.set_title(f"{name}, {len(same)} run{'s' * (len(same) > 1)}")
     mpl.rcParams["svg.hashsalt"] = "ibau"  # the same picture gives the same file
     figure.savefig(path.with_suffix(".png"), dpi=150)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

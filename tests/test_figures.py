@@ -65,6 +65,7 @@ def test_published_records_carry_what_they_must():
 def test_the_readme_shows_the_recorded_results(root, tmp_path):
     readme = (root / "README.md").read_text(encoding="utf-8")
     assert figures.results_markdown(experiments.recorded()) in readme
+    assert figures.victims_markdown(experiments.recorded_victims()) in readme
     stale = tmp_path / "README.md"
     stale.write_text("a\n<!-- results: x -->\nold\n<!-- end of results -->\nb\n", encoding="utf-8")
     figures.write_readme(stale)
@@ -244,6 +245,22 @@ def test_several_seeds_of_a_victim_show_their_spread():
     same = [a_victim("BadNets", asr=0.9), a_victim("BadNets", asr=1.0, seed=1)]
     row = figures.victims_table({"clean": [a_victim("clean")], "BadNets": same}, EXPECTED).loc["BadNets"]
     assert (row["ASR"], row["n"], row["as expected"]) == ("95.0 ± 7.1", 1800, "yes")
+
+
+def test_the_readmes_attacks_name_what_was_not_run():
+    lines = figures.victims_markdown([a_victim("clean", acc=0.98), a_victim("Smooth", asr=0.5)]).splitlines()
+    assert len(lines) == 2 + 1 + len(experiments.STANDARD)
+    assert "| clean | 98.0 |" in lines
+    assert any(line.startswith("| Smooth | ") and line.endswith(" / 50.0 |") for line in lines)
+    assert "| Blend | not run |" in lines
+
+
+def test_settings_of_one_attack_with_other_targets_are_kept_apart():
+    other = copy.deepcopy(record())
+    other["settings"]["victim"]["target"] = "all-to-all"
+    assert list(figures.results_table([record(), other])["attack"]) == ["BadNets", "all-to-all"]
+    other["settings"]["victim"]["target"] = 3
+    assert list(figures.results_table([other])["attack"]) == ["badnets to 3"]
 
 
 def test_the_stealth_table_has_a_row_a_trigger():
