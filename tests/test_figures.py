@@ -21,6 +21,7 @@ def record(seed=0, acc=0.9):
     victim = {
         "dataset": "somewhere",
         "attack": "badnets",
+        "target": 8,
         "train_images": 100,
         "training": {"epochs": 3},
         "seed": seed,
