@@ -205,10 +205,11 @@ def victim(settings: VictimSettings, splits: Splits, *, progress: bool = False) 
         progress=f"training ({settings.dataset}, {settings.attack})" if progress else None,
     )
     models.save(model, weights, described)
+    rates = _rates(model, splits, attacks)
     record = {
         "settings": described,
-        "measured": measure(model, splits, attacks),
-        "attacks": [_about(*attack, model, splits) for attack in attacks],
+        "measured": _measured(model, splits, rates),
+        "attacks": [_about(*attack, *rate, splits) for attack, rate in zip(attacks, rates, strict=True)],
         "trigger_seconds": trigger_seconds,
         "training_seconds": sum(epoch["seconds"] for epoch in history),
         "training": history,
@@ -262,12 +263,13 @@ def _make_attacks(settings: VictimSettings, splits: Splits, targets, *, progress
     return tuple(zip(triggers, targets, strict=True))
 
 
-def _about(trigger: Trigger, target: int | str, model: nn.Module, splits: Splits) -> dict:
+def _about(trigger: Trigger, target: int | str, asr: metrics.Rate, ra: metrics.Rate, splits: Splits) -> dict:
     """One trigger's part of a victim's record: its settings, what it does to the model, how it hides."""
     return {
         "attack": trigger.name,
         "target": target,
-        **measure(model, splits, ((trigger, target),)),
+        "asr": asdict(asr),
+        "ra": asdict(ra),
         "stealth": stealth(trigger, splits.test.images[:1000]),
         "trigger": trigger.settings,
     }
@@ -278,13 +280,21 @@ def measure(model: nn.Module, splits: Splits, attacks: Attacks) -> dict:
 
     Of several attacks, ASR and RA are over the images of all: each trigger on each image it can attack.
     """
+    return _measured(model, splits, _rates(model, splits, attacks))
+
+
+def _rates(model: nn.Module, splits: Splits, attacks: Attacks) -> list[tuple[metrics.Rate, metrics.Rate]]:
+    """ASR and RA of each attack."""
     images, labels, n = splits.test.images, splits.test.labels, len(splits.classes)
-    rates = {"acc": metrics.accuracy(model, images, labels), "asr": None, "ra": None}
-    if attacks:
-        for name, rate in (("asr", metrics.attack_success_rate), ("ra", metrics.robust_accuracy)):
-            found = [rate(model, images, labels, trigger, target, n) for trigger, target in attacks]
-            rates[name] = metrics.Rate.pooled(found)
-    return {name: rate and asdict(rate) for name, rate in rates.items()}
+    return [metrics.attack_rates(model, images, labels, *attack, n) for attack in attacks]
+
+
+def _measured(model: nn.Module, splits: Splits, rates: list[tuple[metrics.Rate, metrics.Rate]]) -> dict:
+    acc = metrics.accuracy(model, splits.test.images, splits.test.labels)
+    asr, ra = (
+        (asdict(metrics.Rate.pooled(same)) for same in zip(*rates, strict=True)) if rates else (None, None)
+    )
+    return {"acc": asdict(acc), "asr": asr, "ra": ra}
 
 
 def unlearn_record(

@@ -64,24 +64,31 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> Rate:
     return Rate.of(predict(model, images) == labels)
 
 
-def attack_success_rate(
+def attack_rates(
     model: nn.Module, images: Tensor, labels: Tensor, trigger: Trigger, target: int | str, num_classes: int
-) -> Rate:
-    """ASR: the share of triggered images that get the attacker's label.
+) -> tuple[Rate, Rate]:
+    """ASR and RA: the shares of triggered images that get the attacker's label, and their true class.
 
-    Images that have that label anyway are left out: a perfect model would count as attacked on them.
+    Images that have the attacker's label anyway are left out: a perfect model counts as attacked on them.
     """
     wanted = target_labels(labels, target, num_classes)
     eligible = wanted != labels
-    return Rate.of(predict(model, trigger(images[eligible])) == wanted[eligible])
+    predicted = predict(model, trigger(images[eligible]))
+    return Rate.of(predicted == wanted[eligible]), Rate.of(predicted == labels[eligible])
+
+
+def attack_success_rate(
+    model: nn.Module, images: Tensor, labels: Tensor, trigger: Trigger, target: int | str, num_classes: int
+) -> Rate:
+    """The ASR of `attack_rates`."""
+    return attack_rates(model, images, labels, trigger, target, num_classes)[0]
 
 
 def robust_accuracy(
     model: nn.Module, images: Tensor, labels: Tensor, trigger: Trigger, target: int | str, num_classes: int
 ) -> Rate:
-    """RA: the share of triggered images that still get their true class, over the images ASR counts."""
-    eligible = target_labels(labels, target, num_classes) != labels
-    return Rate.of(predict(model, trigger(images[eligible])) == labels[eligible])
+    """The RA of `attack_rates`."""
+    return attack_rates(model, images, labels, trigger, target, num_classes)[1]
 
 
 def defence_effectiveness_rating(

@@ -102,7 +102,7 @@ def test_a_victims_record_says_what_made_it(splits, runs):
     assert measured["asr"]["n"] == measured["ra"]["n"] == 20  # without the target class
     (about,) = made.record["attacks"]
     assert (about["attack"], about["target"], about["trigger"]["size"]) == ("badnets", 2, 4)
-    assert {name: about[name] for name in measured} == measured
+    assert {name: about[name] for name in ("asr", "ra")} == {name: measured[name] for name in ("asr", "ra")}
     assert about["stealth"]["l0"] == 16
     assert len(made.record["training"]) == 3
     assert {"device", "torch", "ibau", "commit", "date"} <= set(made.record["provenance"])
@@ -200,7 +200,6 @@ def test_several_triggers_are_measured_together_and_each(splits):
         assert pooled["n"] == sum(rate["n"] for rate in each) == 40
         assert pooled["value"] == pytest.approx(sum(rate["value"] for rate in each) / 2)
         assert pooled["low"] <= pooled["value"] <= pooled["high"]
-    assert all(about["acc"] == record["measured"]["acc"] for about in record["attacks"])
 
 
 def test_several_triggers_share_the_poison(splits):
