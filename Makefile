@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 NOT_LOCKED := ^(nvidia-|cuda-|triton==)
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab lint figures bench-training lock clean
+.PHONY: help reproduce test lab lint figures bench bench-training lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,8 +32,11 @@ lint: $(INSTALLED)  ## check style and format
 figures: $(INSTALLED)  ## redraw figures/ and the README's results from figures/data
 	@$(BIN)/python -m ibau.figures
 
+bench: $(INSTALLED)  ## time I-BAU beside the textbook's hypergradient, into figures/data
+	@$(BIN)/python -m ibau.bench $(ARGS)
+
 bench-training: $(INSTALLED)  ## time a training epoch, variant by variant, into figures/data
-	@$(BIN)/python -m ibau.bench
+	@$(BIN)/python -m ibau.bench_training
 
 # torch itself pins the CUDA packages it needs, and other platforms lack them: they stay out of the lock.
 # Python 3.11 needs all that newer ones need and a little more.

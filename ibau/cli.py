@@ -1,6 +1,7 @@
-"""The console command `ibau`: a thin layer over `ibau.reproduce`."""
+"""The console command `ibau`: a thin layer over `ibau.reproduce`, `ibau.grid` and notebook 13."""
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -13,7 +14,15 @@ from ibau import reproduce as runner
 def _parser():
     parser = argparse.ArgumentParser(prog="ibau", description="Backdoor attacks and their removal by I-BAU.")
     parser.add_argument("--version", action="version", version=__version__)
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_reproduce(commands)
+    _add_grid(commands)
+    _add_clean(commands)
+    return parser
+
+
+def _add_reproduce(commands):
+    command = commands.add_parser(
         "reproduce",
         help="run the notebooks in order; a second call goes on where the first stopped",
         description="Run the notebooks in order into runs/<profile>/notebooks; what is finished is kept.",
@@ -40,7 +49,67 @@ def _parser():
         "--list", action="store_true", help="list the notebooks and their parameters, run nothing"
     )
     command.add_argument("--notebooks", metavar="DIR", help="default: the repository's notebooks/")
-    return parser
+    command.set_defaults(
+        run=_reproduce, after_interrupt="The same command goes on with the notebook that was running."
+    )
+
+
+def _add_grid(commands):
+    command = commands.add_parser(
+        "grid",
+        help="compute the records behind the tables; a second call goes on where the first stopped",
+        description="Compute the records behind the tables into runs/records; what is there is kept.",
+    )
+    command.add_argument("--profile", default="quick", help="quick (default), desk or paper")
+    command.add_argument("--table", nargs="+", default=[], metavar="NAME", help="default: all of them")
+    command.add_argument("--dataset", default="", metavar="NAME", help="default: the profile's own")
+    command.add_argument("--data", default="", metavar="DIR", help="folder of the data set's images")
+    command.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default 1)")
+    command.add_argument("--attack", nargs="+", default=[], metavar="NAME", help="only these")
+    command.add_argument("--defence", nargs="+", default=[], metavar="NAME", help="only these")
+    where = command.add_mutually_exclusive_group()
+    where.add_argument(
+        "--jobs", type=int, metavar="N", help="N cells at a time, each in a process of its own"
+    )
+    where.add_argument(
+        "--scheduler", default="", metavar="tcp://...", help="compute on this Dask scheduler's workers"
+    )
+    command.add_argument("--gpu", action="store_true", help="a cell takes one GPU of a Dask worker")
+    command.add_argument("--dry-run", action="store_true", help="say what would run, and run nothing")
+    command.add_argument("--publish", action="store_true", help="then copy the records to figures/data")
+    command.set_defaults(run=_grid, after_interrupt="The same command goes on; what is finished is kept.")
+
+
+CLEAN = {  # parameters of notebook 13, in order -> what they are; the first three have to be given
+    "checkpoint": "the model's weights: safetensors, or a .pth of plain tensors",
+    "architecture": "small_vgg, preact_resnet18, torchvision:<name> or module:callable; options as in "
+    "torchvision:vit_b_16?image_size=64",
+    "clean_dir": "clean images, a folder a class; class i is the i-th folder in sorted order",
+    "normalize": "mean/std of the model's input, such as 0.5,0.5,0.5/0.5,0.5,0.5, or imagenet; default none",
+    "image_size": "pixels the images are cut and resized to; default: the images' own, if all have one",
+    "triggered_dir": "images with the trigger, in the folder of their true class: measures ASR",
+    "target": "the attacker's class; default: the most common wrong answer to triggered images",
+    "out": "the cleaned model; default <name>.cleaned<suffix> beside the checkpoint; never the checkpoint",
+    "held_out": "share of the clean images that is kept for the comparison (default 0.3)",
+    "rounds": "of unlearning, at most; default: those of ibau.IBAUSettings",
+    "radius": "l2 ball of what is unlearned; default: that of ibau.IBAUSettings, scaled to the image size",
+    "seed": "of everything drawn at random (default 0)",
+}
+CLEAN_PATHS = ("checkpoint", "clean_dir", "triggered_dir", "out")
+
+
+def _add_clean(commands):
+    command = commands.add_parser(
+        "clean",
+        help="inspect a model that you were given, clean it, and compare",
+        description="Run notebook 13 on a model that you were given. The cleaned model is written beside it, "
+        "together with the page (ipynb and html) and the measured values (json).",
+    )
+    for name, what in CLEAN.items():
+        required = name in list(CLEAN)[:3]
+        command.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", required=required, help=what)
+    command.add_argument("--notebooks", metavar="DIR", help="default: the repository's notebooks/")
+    command.set_defaults(run=_clean, after_interrupt="Nothing was saved unless the cleaned model is there.")
 
 
 def _list(notebooks):
@@ -67,6 +136,55 @@ def _reproduce(args):
     print(f"\nThe executed notebooks are in {folder}")
 
 
+def _grid(args):
+    from ibau import grid
+    from ibau.datasets import DataError
+
+    runner.check_options(args.profile, args.dataset, args.data)
+    data_dir = str(Path(args.data).resolve()) if args.data else ""
+    try:
+        cells = grid.choose(
+            args.table, args.profile, args.dataset, args.seeds, attacks=args.attack, only=args.defence
+        )
+        if args.dry_run:
+            print(grid.overview(cells, data_dir))
+            return 0
+        with grid.executor(args.jobs, args.scheduler, gpu=args.gpu) as (executor, workers):
+            counts = grid.run(cells, executor, data_dir=data_dir, workers=workers, progress=True)
+        if args.publish:
+            print(f"{grid.publish(cells, data_dir)} records are in figures/data")
+    except (DataError, grid.GridError) as error:
+        raise runner.UsageError(str(error)) from None
+    print(", ".join(f"{counts[state]} {state}" for state in ("there", "done", "failed")))
+    return 1 if counts["failed"] else 0
+
+
+def _clean(args):
+    from ibau import foreign
+    from ibau.models import ModelError
+
+    (notebook,) = runner.select(runner.find_notebooks(args.notebooks), ["13"])
+    given = {name: getattr(args, name) for name in CLEAN if getattr(args, name)}
+    given |= {name: str(Path(text).absolute()) for name, text in given.items() if name in CLEAN_PATHS}
+    values = runner.given_parameters(notebook, {}, given)
+    # `module:callable` may lie in the folder we were called in; the notebook runs in another
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
+    try:
+        saved = foreign.out_path(values["checkpoint"], values.get("out", ""))
+    except ModelError as error:
+        raise runner.UsageError(str(error)) from None
+    page = saved.with_suffix(".ipynb")
+    try:
+        runner.execute(notebook, page, values, {"parameters": values})
+    except runner.NotebookFailed as failure:
+        kind, text = failure.error
+        if kind not in ("ModelError", "DataError", "UnlearningError"):  # unforeseen: the page may explain it
+            raise
+        failure.failed.unlink(missing_ok=True)
+        raise runner.UsageError(" ".join(text.split())) from None
+    print(f"The cleaned model is {saved}\nWhat was found: {runner.as_html(page)}")
+
+
 def _interrupt(signum, frame):
     raise KeyboardInterrupt
 
@@ -74,13 +192,13 @@ def _interrupt(signum, frame):
 def main(argv=None):
     """Run the command line `argv` (default: the process's own) and return the exit status.
 
-    0 done; 1 a notebook failed; 2 the call was wrong; 130 interrupted.
+    0 done; 1 a notebook or a cell failed; 2 the call was wrong; 130 interrupted.
     """
     args = _parser().parse_args(argv)
-    # A terminated run must end its notebook's process as an interrupted one does.
+    # A terminated run must end the processes it started as an interrupted one does.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        _reproduce(args)
+        return args.run(args) or 0
     except runner.UsageError as error:
         print(f"ibau: {error}", file=sys.stderr)
         return 2
@@ -88,9 +206,8 @@ def main(argv=None):
         print(f"FAILED\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on with the notebook that was running.", file=sys.stderr)
+        print(f"\nInterrupted. {args.after_interrupt}", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

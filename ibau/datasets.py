@@ -488,6 +488,60 @@ def _fetch(download: Callable[[], object], root: Path, url: str) -> None:
         raise DataError(f"download failed ({error}); fetch {url} by hand and unpack it in {root}") from error
 
 
+class Folder(NamedTuple):
+    """Images of one folder a class. skipped: those that do not decode, as (path, reason)."""
+
+    data: ImageSet
+    classes: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def load_folder(root: str | Path, image_size: int, classes: tuple[str, ...] = ()) -> Folder:
+    """Read the images of root/<class>/ as uint8, (N, 3, image_size, image_size); nothing is cached.
+
+    Class i is the i-th folder in sorted order, as in torchvision's ImageFolder, or `classes[i]` where
+    `classes` names what the folders may be. Images are cut to their largest centred square and resized;
+    image_size 0 keeps their size, which must then be the same for all.
+
+    Raises DataError for a folder that is missing, has fewer than two class folders or one not in `classes`,
+    or in which nothing decodes.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; expected one that holds a folder of images for each class")
+    found = _subfolders(root)
+    if not classes and len(found) < 2:
+        raise DataError(f"{root}: it takes at least two class folders, found {_some(found)}")
+    strange = [name for name in found if name not in (classes or found)]
+    if strange or not found:
+        raise DataError(f"{root}: class folders {_some(strange)}; expected some of {_some(classes)}")
+    classes = classes or found
+    items = [_Item(file, classes.index(name)) for name in found for file in _scan(root / name)]
+    skipped, images, labels = [], [], []
+    for item in items:
+        try:
+            images.append(_read(item, image_size))
+            labels.append(item.label)
+        except DataError as error:
+            reason = str(error.__cause__ or error).replace(repr(item.file.path), "it")
+            skipped.append((item.file.path, reason.splitlines()[0] if reason else "damaged"))
+    sizes = sorted({image.shape[1] for image in images})
+    if not images:
+        raise DataError(f"{root}: none of its {len(items)} images decodes ({skipped[0][0]}: {skipped[0][1]})")
+    if len(sizes) > 1:
+        raise DataError(f"{root}: images of {_some(sizes)} pixels; give the model's own size as image_size")
+    data = ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+    return Folder(data, classes, tuple(skipped))
+
+
+def save_folder(data: ImageSet, root: str | Path, classes: tuple[str, ...]) -> None:
+    """Write uint8 images as root/<class>/<number>.png, which `load_folder` reads back as they were."""
+    for i, (image, label) in enumerate(zip(data.images, data.labels.tolist(), strict=True)):
+        folder = Path(root) / classes[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:05d}.png")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Decoding
 
@@ -529,7 +583,10 @@ def _resized(images: np.ndarray, labels, image_size: int) -> ImageSet:
 
 
 def _square(image: Image.Image, size: int, box: tuple[float, ...] | None = None) -> np.ndarray:
-    """(3, size, size) uint8 of the box (as fractions), or without one of the largest centred square."""
+    """(3, size, size) uint8 of the box (as fractions), or without one of the largest centred square.
+
+    size 0 leaves it as large as it is.
+    """
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8-bit RGB")
     width, height = image.size
@@ -540,8 +597,10 @@ def _square(image: Image.Image, size: int, box: tuple[float, ...] | None = None)
     else:
         pixels = tuple(round(edge * length) for edge, length in zip(box, (width, height) * 2, strict=True))
     # crop first: resize(box=...) would let the antialiasing filter read pixels outside the box
-    resized = image.convert("RGB").crop(pixels).resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(resized).transpose(2, 0, 1)
+    square = image.convert("RGB").crop(pixels)
+    if size:
+        square = square.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(square).transpose(2, 0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -2,18 +2,24 @@
 
 A victim (a poisoned or clean model with its trigger) is trained once and kept under `runs/models`, keyed by
 a hash of everything that made it; the records of defences go to `runs/records` in the same way. Both are
-written atomically, so an interrupted run loses nothing that was finished.
+written atomically, so an interrupted run loses nothing that was finished, and bear a checksum, so a record
+that was cut short or edited is noticed and made again. Of several processes that ask for the same one, one
+makes it and the others wait (see `once`).
 """
 
+import fcntl
 import hashlib
+import inspect
 import json
 import os
 import platform
-import resource
+import socket
 import subprocess
-import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -24,7 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ibau
-from ibau import metrics, models, unlearning
+from ibau import defences, metrics, models, unlearning
 from ibau.attacks import (
     ALL_TO_ALL,
     ATTACKS,
@@ -37,7 +43,8 @@ from ibau.attacks import (
     stealth,
     strength_of,
 )
-from ibau.datasets import Splits
+from ibau.datasets import ImageSet, Splits
+from ibau.defences.protocol import Defence, Defended
 from ibau.training import TrainSettings, train
 
 FORMAT = 2  # raise when records or victims of older code should not be taken for new ones
@@ -178,33 +185,48 @@ def victim(settings: VictimSettings, splits: Splits, *, progress: bool = False) 
     `train_size` images of it. An interrupted training goes on where it stopped.
     """
     described = describe(settings, splits)
-    folder = runs_dir() / "models"
-    stem = victim_stem(described)
-    weights, note = folder / f"{stem}.safetensors", folder / f"{stem}.json"
-    trigger_files = [folder / f"{stem}.{name}.trigger" for name in settings.attacks]
-    targets = settings.targets(len(splits.classes))
-    model = models.build(settings.architecture, len(splits.classes), settings.width, settings.seed)
-    device = default_device()
-    if note.exists():  # written last, so the others are whole
-        triggers = [Trigger.load(file) for file in trigger_files]
-        attacks = tuple(zip(triggers, targets, strict=True))
-        return Victim(models.load(weights, model).to(device), attacks, json.loads(note.read_text()))
+    note = victim_path(described)
+    record = once(note, lambda: _make_victim(note, settings, described, splits, progress=progress))
+    triggers = [Trigger.load(file) for file in _trigger_files(note, settings)]
+    attacks = tuple(zip(triggers, settings.targets(len(splits.classes)), strict=True))
+    model = models.load(note.with_suffix(".safetensors"), _untrained(settings, splits))
+    return Victim(model.to(default_device()), attacks, record)
 
+
+def victim_path(described: dict) -> Path:
+    """Where a victim's record is kept, from what `describe` gave; its weights and triggers lie beside it."""
+    return runs_dir() / "models" / f"{victim_stem(described)}.json"
+
+
+def _trigger_files(note: Path, settings: VictimSettings) -> list[Path]:
+    return [note.with_suffix(f".{name}.trigger") for name in settings.attacks]
+
+
+def _untrained(settings: VictimSettings, splits: Splits) -> nn.Module:
+    return models.build(settings.architecture, len(splits.classes), settings.width, settings.seed)
+
+
+def _make_victim(
+    note: Path, settings: VictimSettings, described: dict, splits: Splits, *, progress: bool
+) -> dict:
+    """Train the victim, keep its weights and triggers, then its record, which this returns."""
     started = time.perf_counter()
+    targets = settings.targets(len(splits.classes))
     attacks = _make_attacks(settings, splits, targets, progress=progress)
     trigger_seconds = time.perf_counter() - started
-    for (trigger, _), file in zip(attacks, trigger_files, strict=True):
+    for (trigger, _), file in zip(attacks, _trigger_files(note, settings), strict=True):
         trigger.save(file)
     poisoned = poison_with(attacks, settings, splits)
+    model = _untrained(settings, splits).to(default_device())
     history = train(
-        model.to(device),
+        model,
         poisoned.data if poisoned else splits.train,
         settings.training,
         seed=settings.seed,
-        checkpoint=folder / f"{stem}.checkpoint",
+        checkpoint=note.with_suffix(".checkpoint"),
         progress=f"training ({settings.dataset}, {settings.attack})" if progress else None,
     )
-    models.save(model, weights, described)
+    models.save(model, note.with_suffix(".safetensors"), described)
     rates = _rates(model, splits, attacks)
     record = {
         "settings": described,
@@ -215,8 +237,7 @@ def victim(settings: VictimSettings, splits: Splits, *, progress: bool = False) 
         "training": history,
         "provenance": provenance(),
     }
-    write_json(note, record)
-    return Victim(model, attacks, record)
+    return write_record(note, record)
 
 
 def victim_stem(described: dict) -> str:
@@ -297,6 +318,46 @@ def _measured(model: nn.Module, splits: Splits, rates: list[tuple[metrics.Rate, 
     return {"acc": asdict(acc), "asr": asr, "ra": ra}
 
 
+def defence_record(
+    settings: VictimSettings,
+    splits: Splits,
+    defence: str,
+    defence_settings=None,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict:
+    """Defend the victim of `settings` by the named defence; record ACC, ASR, RA and DER, before and after.
+
+    `defence` is one of `ibau.defences.DEFENCES`, `defence_settings` its settings (None: the default ones).
+    Everything is measured on `splits.test`, which no defence sees. Of a defence that takes `on_round` there
+    is the curve over its rounds, on the first 1,000 test images; that time does not count. The defended model
+    and the tensors behind the evidence, if any, are kept beside the record, as `<record>.safetensors` and
+    `<record>.tensors`. A record that exists already is read instead.
+
+    Raises ValueError for an unknown defence, or settings of another one.
+    """
+    chosen = defences.defence(defence)
+    chosen_settings = defence_settings or chosen.settings()
+    about = describe_defence(settings, splits, defence, chosen_settings, seed=seed)
+
+    def make() -> dict:
+        attacked = victim(settings, splits, progress=progress)
+        data = _seen_by(chosen, attacked, settings, splits)
+        watch = _Watch(attacked, splits)
+        result = chosen(
+            attacked.model,
+            data,
+            settings=chosen_settings,
+            seed=seed,
+            progress=progress,
+            **watch.if_taken(chosen),
+        )
+        return _write_defended(about, attacked, result, watch, splits)
+
+    return once(kept({"settings": about}, ".json"), make)
+
+
 def unlearn_record(
     settings: VictimSettings,
     splits: Splits,
@@ -305,72 +366,108 @@ def unlearn_record(
     seed: int = 0,
     progress: bool = False,
 ) -> dict:
-    """Clean the victim of `settings` with I-BAU; record ACC, ASR, RA and DER, before and after.
+    """The `defence_record` of I-BAU."""
+    return defence_record(settings, splits, "ibau", ibau_settings, seed=seed, progress=progress)
 
-    Everything is measured on `splits.test`, which the defence never sees; the curve over the rounds on its
-    first 1,000 images. The cleaned model and each round's delta are kept beside the record, as
-    `<record>.safetensors` and `<record>.deltas`. A record that exists already is read instead.
+
+def describe_defence(
+    settings: VictimSettings, splits: Splits, defence: str, defence_settings, *, seed: int
+) -> dict:
+    """Everything that makes a defence's record: what its file is named by.
+
+    A defence that sees no clean images has one record whatever their number, so theirs is 0.
     """
-    described = {
+    return {
         "victim": describe(settings, splits),
-        "defence": "ibau",
-        "defence_settings": asdict(ibau_settings),
-        "clean_images": len(splits.clean),
+        "defence": defence,
+        "defence_settings": asdict(defence_settings),
+        "clean_images": len(splits.clean) if defences.defence(defence).sees == "clean" else 0,
         "seed": seed,
     }
-    path = kept({"settings": described}, ".json")
-    if path.exists():  # written last, so what lies beside it is whole
-        return json.loads(path.read_text())
-    attacked = victim(settings, splits, progress=progress)
+
+
+def _seen_by(defence: Defence, attacked: Victim, settings: VictimSettings, splits: Splits) -> ImageSet | None:
+    """The images this defence sees."""
+    if defence.sees == "poisoned":
+        poisoned = poison_with(attacked.attacks, settings, splits)
+        return poisoned.data if poisoned else splits.train
+    return splits.clean if defence.sees == "clean" else None
+
+
+class _Watch:
+    """Measures the model after each round of a defence, on the first 1,000 test images, and its own time."""
+
+    def __init__(self, attacked: Victim, splits: Splits):
+        self.few = replace(splits, test=splits.test.take(torch.arange(min(1000, len(splits.test)))))
+        self.attacked, self.seconds = attacked, 0.0
+        self.curve: list[dict] = []
+
+    def if_taken(self, defence: Defence) -> dict:
+        """The argument `on_round`, for a defence that takes one."""
+        if "on_round" not in inspect.signature(defence.function).parameters:
+            return {}
+        self.curve = [{"round": 0, **measure(self.attacked.model, self.few, self.attacked.attacks)}]
+        return {"on_round": self}
+
+    def __call__(self, model: nn.Module, history: list[dict]) -> None:
+        started = time.perf_counter()
+        measured = measure(model, self.few, self.attacked.attacks)
+        self.curve.append({"round": history[-1]["round"], **measured})
+        self.seconds += time.perf_counter() - started
+
+
+def _write_defended(about: dict, attacked: Victim, result: Defended, watch: _Watch, splits: Splits) -> dict:
+    """Measure the defended model, keep it and its tensors, then the record, which this returns."""
     before = attacked.record["measured"]
-    few = replace(splits, test=splits.test.take(torch.arange(min(1000, len(splits.test)))))
-    curve = [{"round": 0, **measure(attacked.model, few, attacked.attacks)}]
-
-    def watch(model: nn.Module, history: list[dict]) -> None:
-        measured = measure(model, few, attacked.attacks)
-        curve.append({"round": history[-1]["round"], **measured})
-
-    images, labels = splits.clean.images, splits.clean.labels
-    result = unlearning.unlearn(
-        attacked.model, images, labels, ibau_settings, seed, progress=progress, on_round=watch
-    )
     after = measure(result.model, splits, attacked.attacks)
     record = {
-        "settings": described,
+        "settings": about,
         "before": before,
         "after": {**after, "der": rating(before, after)},
-        "seconds": sum(round_["seconds"] for round_ in result.history),
+        "seconds": result.seconds - watch.seconds,
         "training_seconds": attacked.record["training_seconds"],
-        "peak_memory_mb": peak_memory_mb(),
+        "peak_memory_mb": result.peak_memory_mb,
         "history": result.history,
-        "curve": curve,
+        "evidence": result.evidence,
+        "curve": watch.curve,
         "provenance": provenance(),
         "victim_provenance": attacked.record["provenance"],
     }
-    models.save(result.model, path.with_suffix(".safetensors"), described)
-    save_file({"deltas": result.deltas}, path.with_suffix(".deltas"))
-    write_json(path, record)
-    return record
+    models.save(result.model, kept(record, ".safetensors"), about)
+    if result.tensors:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in result.tensors.items()}
+        save_file(tensors, kept(record, ".tensors"))
+    return write_record(kept(record, ".json"), record)
 
 
 def kept(record: dict, suffix: str) -> Path:
-    """The file kept beside a record: ".safetensors", the cleaned model, or ".deltas"."""
+    """The file kept beside a record: ".safetensors", the defended model, or ".tensors"."""
     about = record["settings"]
     attacked = victim_stem(about["victim"]).rsplit("-", 1)[0]
     stem = f"{attacked}-{about['defence']}-{key(about)}"
     return runs_dir() / "records" / f"{stem}{suffix}"
 
 
-def recorded(folder: Path | None = None) -> list[dict]:
-    """The records in `figures/data`, which the tables in README.md and the notebooks are drawn from."""
-    paths = sorted((folder or figures_dir() / "data").glob("*-ibau-*.json"))
-    return [json.loads(path.read_text()) for path in paths]
+def recorded(folder: Path | None = None, *, defence: str = "") -> list[dict]:
+    """The records in `figures/data`, which the tables in README.md and the notebooks are drawn from.
+
+    Of one defence where it is named. Raises ValueError for a file that was cut short or edited.
+    """
+    found = _all_records(folder or figures_dir() / "data")
+    return [record for record in found if defence in ("", record["settings"]["defence"])]
 
 
 def recorded_victims(folder: Path | None = None) -> list[dict]:
-    """The victims' records in `figures/data/victims`."""
-    paths = sorted((folder or figures_dir() / "data" / "victims").glob("*.json"))
-    return [json.loads(path.read_text()) for path in paths]
+    """The victims' records in `figures/data/victims`; raises as `recorded` does."""
+    return _all_records(folder or figures_dir() / "data" / "victims")
+
+
+def _all_records(folder: Path) -> list[dict]:
+    found = {path: read_record(path) for path in sorted(folder.glob("*.json"))}
+    damaged = [path.name for path, record in found.items() if record is None]
+    if damaged:
+        raise ValueError(f"{folder}: cut short or edited since it was written: {', '.join(damaged)}")
+    return list(found.values())
 
 
 def publish_victim(record: dict) -> Path:
@@ -408,6 +505,64 @@ def write_headline(profile_name: str, records: list[dict]) -> Path:
     return write_json(runs_dir() / profile_name / "headline.json", head)
 
 
+def once(path: Path, make: Callable[[], dict]) -> dict:
+    """The record at `path`; where there is none that is whole, what `make` writes there and returns.
+
+    One process makes it while others that want it wait, on this machine and on those that share the folder.
+    The lock is the kernel's (flock), on a file in `runs/locks` that also names its holder: it ends with the
+    process that holds it, however that ends. Linux passes it on to an NFS server, unless the folder is
+    mounted with nolock or local_lock. Where hosts cannot lock each other out, a record may be made twice, and
+    the last one stays, whole.
+    """
+    found = read_record(path)
+    if found is None:
+        with _alone(path):
+            found = read_record(path) or make()
+    return found
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    lock = runs_dir() / "locks" / f"{path.stem}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks
+            warnings.warn(f"{lock} cannot be locked ({error}); a record may be made twice", stacklevel=4)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def write_record(path: Path, record: dict) -> dict:
+    """Write a record with its checksum, whole or not at all, and return it as `read_record` will."""
+    content = json.loads(json.dumps(record))
+    content["checksum"] = _checksum(content)
+    write_json(path, content)
+    return content
+
+
+def read_record(path: Path) -> dict | None:
+    """The record at `path`; None if there is none, or it was cut short or edited since it was written.
+
+    One without a checksum is of before there were any, and taken as it is.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    if not isinstance(record, dict) or record.get("checksum", _checksum(record)) != _checksum(record):
+        return None
+    return record
+
+
+def _checksum(record: dict) -> str:
+    content = {name: value for name, value in record.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def write_json(path: Path, content: dict) -> Path:
     """Write `content` so that the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -421,14 +576,6 @@ def write_json(path: Path, content: dict) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
-
-
-def peak_memory_mb() -> float:
-    """The largest this process has been: device memory on a GPU, resident memory on the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 @cache

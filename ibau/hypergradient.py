@@ -14,14 +14,17 @@ sphere, from the optimality conditions themselves.
 Nothing larger than delta is ever inverted and, save in `dense`, no matrix is formed: every product with a
 Jacobian or a Hessian is a single backward pass through one recorded evaluation.
 
-Every solver is called as `solve(matvec, b, *, maxiter, tol=0.0, x0=None) -> Solution`. A warm start x0 costs
-one product, for its residual, on top of `maxiter` iterations; one that is zero, not finite or worse than
-x = 0 counts as none. No solver returns anything worse than x = 0, or multiplies a zero vector.
+Every solver is called as `solve(matvec, b, *, maxiter, tol=0.0, x0=None, verify=True) -> Solution`. A warm
+start x0 costs one product, for its residual, on top of `maxiter` iterations; one that is zero, not finite or
+worse than x = 0 counts as none. No solver returns anything worse than x = 0, or multiplies a zero vector.
+With `verify` False no product is spent on nothing but the residual of the x that is returned: a caller who
+multiplies x anyway, as the hypergradient does, gets that residual for nothing.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +37,8 @@ ON_SPHERE = 1e-4  # |delta| within this share of the radius lies on the sphere
 
 @dataclass(frozen=True)
 class Solution:
-    """What a linear solver returns: x, the relative residual |b - A x| / |b|, and the products A cost.
+    """What a linear solver returns: x, the relative residual |b - A x| / |b| (nan where it was not verified),
+    and the products A cost.
 
     contraction  the last factor by which an iteration shrank the residual; 1 or more means that a fixed-point
                  iteration does not converge. It is 0 when there was nothing to iterate
@@ -53,7 +57,13 @@ class Solution:
 
 
 def fixed_point(
-    matvec: Matvec, b: Tensor, *, maxiter: int, tol: float = 0.0, x0: Tensor | None = None
+    matvec: Matvec,
+    b: Tensor,
+    *,
+    maxiter: int,
+    tol: float = 0.0,
+    x0: Tensor | None = None,
+    verify: bool = True,
 ) -> Solution:
     """Solve A x = b by x <- x + (b - A x), the truncated Neumann series of A = I - J.
 
@@ -61,14 +71,19 @@ def fixed_point(
     Where it does not fall, the best iterate seen is returned, so a series that diverges cannot do harm
     unnoticed: never worse than its start, nor than x = 0, whose residual is 1. Stops early at a relative
     residual of `tol`. `maxiter` iterations from x = 0 sum the series' first `maxiter` terms, the paper's K.
+    The last product serves the residual alone, and is left out where that is not to be verified.
     """
     size = b.norm().item()
     x, r, residual, products = _start(matvec, b, size, maxiter, x0)
     best, best_residual, contraction, stopped = x, residual, 0.0, "maxiter"
-    for _ in range(maxiter):
+    for k in range(maxiter):
         if best_residual <= tol:
             break
         x = x + r
+        if k == maxiter - 1 and not verify:
+            if contraction < 1:
+                best, best_residual = x, math.nan
+            break
         r = r - matvec(r)  # the residual of the new x, without a second product: b - A(x + r) = r - A r
         products += 1
         previous, residual = residual, r.norm().item() / size
@@ -83,7 +98,13 @@ def fixed_point(
 
 
 def neumann(
-    matvec: Matvec, b: Tensor, *, maxiter: int, tol: float = 0.0, x0: Tensor | None = None
+    matvec: Matvec,
+    b: Tensor,
+    *,
+    maxiter: int,
+    tol: float = 0.0,
+    x0: Tensor | None = None,
+    verify: bool = True,
 ) -> Solution:
     """The first `maxiter` terms of the Neumann series of A = I - J, whether it converges or not.
 
@@ -94,15 +115,25 @@ def neumann(
     x, r, residual, previous = torch.zeros_like(b), b, 1.0, 1.0
     if size == 0 or maxiter == 0:
         return Solution(x, 0.0 if size == 0 else 1.0, 0, 0.0, stopped="maxiter")
-    for _ in range(maxiter):
+    products = maxiter if verify else maxiter - 1
+    for _ in range(products):
         x = x + r
         r = r - matvec(r)
         previous, residual = residual, r.norm().item() / size
-    return Solution(x, residual, maxiter, residual / max(previous, 1e-30), stopped="maxiter")
+    contraction = residual / max(previous, 1e-30)
+    if not verify:
+        x, residual = x + r, math.nan
+    return Solution(x, residual, products, contraction, stopped="maxiter")
 
 
 def conjugate_gradient(
-    matvec: Matvec, b: Tensor, *, maxiter: int, tol: float = 0.0, x0: Tensor | None = None
+    matvec: Matvec,
+    b: Tensor,
+    *,
+    maxiter: int,
+    tol: float = 0.0,
+    x0: Tensor | None = None,
+    verify: bool = True,
 ) -> Solution:
     """Solve A x = b by conjugate gradients.
 
@@ -114,7 +145,7 @@ def conjugate_gradient(
     of the rounding unit.
 
     Rounding makes the residual that the iteration carries along drift from the true one. Where it may have by
-    more than a thousandth, the true one is computed afresh, by one more product.
+    more than a thousandth, the true one is computed afresh, by one more product, unless `verify` is False.
     """
     size = b.norm().item()
     x, r, residual, products = _start(matvec, b, size, maxiter, x0)
@@ -149,7 +180,7 @@ def conjugate_gradient(
             best, best_residual = x, residual
         p = r + contraction**2 * p
     stopped = "tol" if best_residual <= max(tol, unit) else stopped
-    if best is not first and unit * largest * best.norm().item() > 1e-3 * best_residual:
+    if verify and best is not first and unit * largest * best.norm().item() > 1e-3 * best_residual:
         best_residual = (b / scale - matvec(best)).norm().item()
         products += 1
         if not best_residual < start:
@@ -161,13 +192,19 @@ def conjugate_gradient(
 
 
 def dense(
-    matvec: Matvec, b: Tensor, *, maxiter: int = 0, tol: float = 0.0, x0: Tensor | None = None
+    matvec: Matvec,
+    b: Tensor,
+    *,
+    maxiter: int = 0,
+    tol: float = 0.0,
+    x0: Tensor | None = None,
+    verify: bool = True,
 ) -> Solution:
     """Solve A x = b exactly: form A by as many products as there are unknowns, then eliminate.
 
     Needs A invertible; one that is not, or not finite, gives x = 0 and says so in `stopped`. `curvature` is
     the smallest eigenvalue of A's symmetric part. For small problems, as the truth to compare with:
-    `maxiter`, `tol` and `x0` are accepted and ignored.
+    `maxiter`, `tol`, `x0` and `verify` are accepted and ignored.
     """
     n, size = b.numel(), b.norm().item()
     if n > DENSE_LIMIT:
@@ -241,13 +278,19 @@ def implicit_hypergradient(
     maxiter: int = 5,
     tol: float = 0.0,
     v0: Tensor | None = None,
+    products: AbstractContextManager | None = None,
 ) -> Hypergradient:
     """d psi / d theta at an (almost) fixed point `delta` of `phi`: (I - dPhi/ddelta)^T v = dH_out/ddelta.
 
     outer(delta, params) -> scalar; phi(delta, params) -> like delta. Both must use the tensors they are
     handed. Phi must be differentiable at delta: a projected gradient step is, save exactly on the
     constraint's edge. With maxiter = 0 the implicit term is left out, and phi is not evaluated.
-    v0 warm-starts the solver.
+    v0 warm-starts the solver. `products` is a context to compute products with Phi's Jacobians in, such as
+    one of lower precision.
+
+    Costs one evaluation of `outer` with its gradient, one of Phi, the solver's products, and one backward
+    pass through Phi that gives both (dPhi/dtheta)^T v and, with (dPhi/ddelta)^T v, the residual of v: the
+    fixed-point iteration needs K - 1 products for K terms.
 
     Needs delta = Phi(delta); reported: stationarity |Phi(delta) - delta| / max(|delta|, 1e-12).
     `fixed_point` needs Phi to contract near delta; reported: solution.contraction.
@@ -257,17 +300,23 @@ def implicit_hypergradient(
     delta, params, loss, b, direct = _outer_gradients(outer, delta, params)
     if maxiter == 0:
         return _direct_alone(direct, loss, b)
-    step = phi(delta, _constant(params))
-    stationarity = ((step - delta).norm() / delta.norm().clamp_min(1e-12)).item()
+    step = phi(delta, params)
+    stationarity = ((step - delta).detach().norm() / delta.detach().norm().clamp_min(1e-12)).item()
 
     def i_minus_jt(v: Tensor) -> Tensor:
         """(I - dPhi/ddelta)^T v"""
         return v - _vjp(step, [delta], v)[0]
 
-    solution = solve(i_minus_jt, b, maxiter=maxiter, tol=tol, x0=v0)
+    with products or nullcontext():
+        solution = solve(i_minus_jt, b, maxiter=maxiter, tol=tol, x0=v0, verify=False)
+        jt_v, *implicit = _vjp(step, [delta, *params], solution.x)
     if solution.x.any():
-        step = phi(delta, params)
-    return Hypergradient(direct, _vjp(step, params, solution.x), loss, stationarity, solution)
+        residual = ((b - solution.x + jt_v).norm() / b.norm()).item()
+        solution = replace(solution, residual=residual)
+        if not residual <= 1 and solve is not neumann:
+            implicit = [torch.zeros_like(p) for p in params]
+            solution = replace(solution, x=torch.zeros_like(b), residual=1.0)
+    return Hypergradient(direct, tuple(implicit), loss, stationarity, solution)
 
 
 @torch.enable_grad()
@@ -309,7 +358,7 @@ def kkt_hypergradient(
         raise ValueError(f"|delta| is {norm.item():.6g}, outside the ball of radius {radius:g}")
     if maxiter == 0:
         return _direct_alone(direct, loss, b)
-    (g,) = torch.autograd.grad(inner(delta, _constant(params)), delta, create_graph=True)
+    (g,) = torch.autograd.grad(inner(delta, params), delta, create_graph=True)
     at, slope = delta.detach(), g.detach()
     multiplier = 0.0
     if norm >= radius * (1 - ON_SPHERE):
@@ -333,8 +382,6 @@ def kkt_hypergradient(
 
     x0 = None if v0 is None else tangent(v0)
     solution = solve(system, tangent(b), maxiter=maxiter, tol=tol, x0=x0)
-    if solution.x.any():
-        (g,) = torch.autograd.grad(inner(delta, params), delta, create_graph=True)
     implicit = _vjp(g, params, solution.x)
     return Hypergradient(direct, implicit, loss, stationarity, solution, multiplier)
 
@@ -389,11 +436,6 @@ def _outer_gradients(outer, delta: Tensor, params: Sequence[Tensor]):
 def _direct_alone(direct: tuple[Tensor, ...], loss: float, b: Tensor) -> Hypergradient:
     nothing = Solution(torch.zeros_like(b), 1.0, 0, 0.0, stopped="maxiter")
     return Hypergradient(direct, tuple(torch.zeros_like(d) for d in direct), loss, math.nan, nothing)
-
-
-def _constant(params: Sequence[Tensor]) -> list[Tensor]:
-    """The weights as constants: what is recorded with them spends nothing on derivatives by the weights."""
-    return [p.detach() for p in params]
 
 
 def _vjp(output: Tensor, inputs: Sequence[Tensor], v: Tensor) -> tuple[Tensor, ...]:

@@ -1,55 +1,154 @@
 """Layers whose second derivatives cost no more than they must.
 
 A hypergradient differentiates gradients. torch's own convolution then also computes the derivative by the
-weights where nobody asked for it, and its BatchNorm goes through its general formula although evaluation
-mode makes it one multiplication and one addition. The layers here compute the same numbers without either.
+weights where nobody asked for it, its BatchNorm goes through its general formula although evaluation mode
+makes it one multiplication and one addition, and its ELU computes with every product what no product changes.
+The layers here compute the same numbers without any of that. A product with the Hessian of a recorded
+gradient then costs one convolution forward and one backward a layer, as much as a gradient by the input.
 """
+
+import itertools
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+# Which derivatives the backward pass under way asks for; a torch without it computes all that exist.
+_executes = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
+_reduced = False  # see `reduced`
+
+
+@contextmanager
+def reduced():
+    """Within, these layers' float32 convolutions multiply in bfloat16; what they return stays float32.
+
+    For products with a recorded graph: the point of linearisation (the choices of the max-pools, the slopes
+    of the activations) is then the exact one, and a product's relative error is that of a bfloat16
+    multiplication, 2^-9 a factor.
+    """
+    global _reduced
+    before, _reduced = _reduced, True
+    try:
+        yield
+    finally:
+        _reduced = before
+
 
 def cheapen(model: nn.Module) -> nn.Module:
-    """Make the model's convolutions and BatchNorms such layers, in place, until `restore`.
+    """Make the model's convolutions, BatchNorms and ELUs such layers, in place, until `restore`.
 
-    Parameters, buffers and their names stay. BatchNorm behaves as in evaluation mode, whatever the mode.
+    Parameters, buffers and their names stay. BatchNorm behaves as in evaluation mode, whatever the mode; one
+    that follows a convolution in an `nn.Sequential` is folded into its weights.
     """
     for module in model.modules():
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.padding != "same":
             module.__class__ = Conv2d
         elif type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
             module.__class__ = FixedBatchNorm2d
+        elif type(module) is nn.ELU and module.alpha == 1:
+            module.__class__ = ELU
+    for module in model.modules():
+        if type(module) is nn.Sequential:
+            for first, second in itertools.pairwise(module):
+                if type(first) is Conv2d and type(second) is FixedBatchNorm2d:
+                    first.__dict__["norm"] = second  # not a submodule: no parameter is to be named twice
+                    second.__class__ = FoldedBatchNorm2d
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo `cheapen`."""
     for module in model.modules():
-        module.__class__ = {Conv2d: nn.Conv2d, FixedBatchNorm2d: nn.BatchNorm2d}.get(
-            type(module), type(module)
-        )
+        module.__dict__.pop("norm", None)
+        if type(module) in (Conv2d, FixedBatchNorm2d, FoldedBatchNorm2d, ELU):
+            module.__class__ = next(c for c in type(module).__mro__ if c.__module__.startswith("torch."))
     return model
 
 
 class FixedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm with the running statistics: a x + b a channel, a = weight / sqrt(var + eps)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def affine_map(self) -> tuple[Tensor, Tensor]:
         a = self.weight * (self.running_var + self.eps).rsqrt()
-        b = self.bias - self.running_mean * a
+        return a, self.bias - self.running_mean * a
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.affine_map()
         return torch.addcmul(b[:, None, None].to(x.dtype), x, a[:, None, None].to(x.dtype))
 
 
-class Conv2d(nn.Conv2d):
-    """A convolution; under autocast torch's own."""
+class FoldedBatchNorm2d(FixedBatchNorm2d):
+    """A BatchNorm that the convolution before it has done already."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution, with the BatchNorm that follows it where there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        norm = self.__dict__.get("norm")
+        if norm is not None:
+            a, b = norm.affine_map()
+            weight = weight * a[:, None, None, None]
+            bias = b if bias is None else b + bias * a
         if torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
         padding = (0, 0) if self.padding == "valid" else self.padding
-        return _Conv.apply(x, self.weight, self.bias, (self.stride, padding, self.dilation, self.groups))
+        return _Conv.apply(x, weight, bias, (self.stride, padding, self.dilation, self.groups))
+
+
+class ELU(nn.ELU):
+    """ELU with alpha = 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _ELU.apply(x)
+
+
+class _ELU(Function):
+    """y = x where x > 0, exp(x) - 1 elsewhere"""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.elu(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Slope.apply(g, *ctx.saved_tensors)
+
+
+class _Slope(Function):
+    """g dy/dx = g where y > 0, g (y + 1) elsewhere: linear in g, and in y on either side of 0"""
+
+    @staticmethod
+    def forward(ctx, g, y):
+        ctx.save_for_backward(g, y)
+        ctx.bend = None
+        return torch.ops.aten.elu_backward(g, 1, 1, 1, True, y)
+
+    @staticmethod
+    def backward(ctx, gg):
+        g, y = ctx.saved_tensors
+        bend = torch.where(y < 0, g, 0) if ctx.bend is None else ctx.bend
+        ctx.bend = None if torch.is_grad_enabled() else bend  # the same for every product
+        return _Slope.apply(gg, y), gg * bend
+
+
+def _wanted(ctx, i: int) -> bool:
+    """Whether the backward pass under way asks for the derivative by the i-th tensor a function was given."""
+    node = ctx.next_functions[i][0] if i < len(ctx.next_functions) else None
+    try:
+        return node is not None and _executes(node)
+    except RuntimeError:  # the engine does not tell about a leaf it was asked for
+        return True
 
 
 class _Conv(Function):
@@ -59,15 +158,16 @@ class _Conv(Function):
     def forward(ctx, x, w, b, how):
         ctx.save_for_backward(x, w)
         ctx.how = how
-        return F.conv2d(x, w, b, *how)
+        low = _low(x.dtype)
+        return F.conv2d(x.to(low), w.to(low), None if b is None else b.to(low), *how).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):
-        (x, w), needs = ctx.saved_tensors, ctx.needs_input_grad
+        x, w = ctx.saved_tensors
         return (
-            _ConvInput.apply(g, w, x.shape, ctx.how) if needs[0] else None,
-            _ConvWeight.apply(g, x, w.shape, ctx.how) if needs[1] else None,
-            g.sum((0, 2, 3)) if needs[2] else None,
+            _ConvInput.apply(g, w, x.shape, ctx.how) if _wanted(ctx, 0) else None,
+            _ConvWeight.apply(g, x, w.shape, ctx.how) if _wanted(ctx, 1) else None,
+            g.sum((0, 2, 3)) if _wanted(ctx, 2) else None,
             None,
         )
 
@@ -79,14 +179,14 @@ class _ConvInput(Function):
     def forward(ctx, g, w, shape, how):
         ctx.save_for_backward(g, w)
         ctx.how = how
-        return _backward(g, g.new_empty(1).expand(shape), w, how, 0)
+        return _backward(g, shape, w, how).to(g.dtype)
 
     @staticmethod
     def backward(ctx, gg):
-        (g, w), needs = ctx.saved_tensors, ctx.needs_input_grad
+        g, w = ctx.saved_tensors
         return (
-            _Conv.apply(gg, w, None, ctx.how) if needs[0] else None,
-            _ConvWeight.apply(g, gg, w.shape, ctx.how) if needs[1] else None,
+            _Conv.apply(gg, w, None, ctx.how) if _wanted(ctx, 0) else None,
+            _ConvWeight.apply(g, gg, w.shape, ctx.how) if _wanted(ctx, 1) else None,
             None,
             None,
         )
@@ -99,23 +199,31 @@ class _ConvWeight(Function):
     def forward(ctx, g, x, shape, how):
         ctx.save_for_backward(g, x)
         ctx.how = how
-        return _backward(g, x, g.new_empty(1).expand(shape), how, 1)
+        return _backward(g, x, shape, how).to(g.dtype)
 
     @staticmethod
     def backward(ctx, gg):
-        (g, x), needs = ctx.saved_tensors, ctx.needs_input_grad
+        g, x = ctx.saved_tensors
         return (
-            _Conv.apply(x, gg, None, ctx.how) if needs[0] else None,
-            _ConvInput.apply(g, gg, x.shape, ctx.how) if needs[1] else None,
+            _Conv.apply(x, gg, None, ctx.how) if _wanted(ctx, 0) else None,
+            _ConvInput.apply(g, gg, x.shape, ctx.how) if _wanted(ctx, 1) else None,
             None,
             None,
         )
 
 
-def _backward(g: Tensor, x: Tensor, w: Tensor, how: tuple, which: int) -> Tensor:
-    """torch's derivative of a convolution by its input (which = 0) or its weight (1)."""
+def _backward(g: Tensor, x: Tensor | torch.Size, w: Tensor | torch.Size, how: tuple) -> Tensor:
+    """torch's derivative of a convolution by its input or its weight: the one that is given as a shape."""
     stride, padding, dilation, groups = how
-    wanted = [which == 0, which == 1, False]
-    return torch.ops.aten.convolution_backward(
-        g, x, w, None, stride, padding, dilation, False, (0, 0), groups, wanted
-    )[which]
+    wanted, low = [isinstance(t, torch.Size) for t in (x, w)], _low(g.dtype)
+    g = g.to(low)
+    x, w = (g.new_empty(1).expand(t) if isinstance(t, torch.Size) else t.to(low) for t in (x, w))
+    found = torch.ops.aten.convolution_backward(
+        g, x, w, None, stride, padding, dilation, False, (0, 0), groups, [*wanted, False]
+    )
+    return found[wanted.index(True)]
+
+
+def _low(dtype: torch.dtype) -> torch.dtype:
+    """What to multiply numbers of this type in."""
+    return torch.bfloat16 if _reduced and dtype == torch.float32 else dtype

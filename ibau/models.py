@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -135,31 +137,49 @@ def save(model: nn.Module, path: str | Path, settings: dict | None = None) -> Pa
 
     The file appears whole or not at all: it is written beside its final name and then renamed.
     """
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"settings": json.dumps(settings or {}, sort_keys=True)})
+    return Path(path)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside `path`, which takes its place at the end: readers see the old file or the new.
+
+    After an error it is removed; a killed process leaves it behind under a hidden name.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        save_file(tensors, temporary, metadata={"settings": json.dumps(settings or {}, sort_keys=True)})
+        yield Path(temporary)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return path
 
 
 def read_settings(path: str | Path) -> dict:
     """The settings stored by `save` in a safetensors file's metadata."""
-    with _open_safetensors(Path(path)) as file:
-        return json.loads((file.metadata() or {}).get("settings", "{}"))
+    return json.loads(read_metadata(path).get("settings", "{}"))
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:
-    """Read a checkpoint's tensors: safetensors, or a foreign `.pth`/`.pt` of plain tensors.
+    """Read a checkpoint's tensors: safetensors, or a foreign `.pth`/`.pt` of plain tensors, see `read`.
 
-    A pickle is only ever read with `weights_only=True`, so it cannot run code. One level of wrapping is taken
-    off, `{"net": ...}`, `{"state_dict": ...}` or `{"model": ...}`, and so is DataParallel's `module.`.
+    One level of wrapping is taken off, `{"net": ...}`, `{"state_dict": ...}` or `{"model": ...}`, and so is
+    DataParallel's `module.`. Raises ModelError for a missing or damaged file, and one that holds more.
+    """
+    state, _ = unwrap(read(path), path)
+    return {bare(key): value for key, value in state.items()}
+
+
+def read(path: str | Path) -> dict:
+    """A checkpoint's content as it stands in the file.
+
+    A pickle is only ever read with `weights_only=True`, so it cannot run code.
 
     Raises ModelError for a missing or damaged file, and for a pickle that holds more than tensors.
     """
@@ -170,7 +190,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
         with _open_safetensors(path) as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no __iter__)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in torch's reader in as many ways as there are damages
         reason = str(error)
         found = next((line.strip() for line in reason.splitlines() if "unsupported" in line.lower()), None)
@@ -181,7 +201,37 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
                 "Expected: a state dict saved with torch.save(model.state_dict(), path), or safetensors."
             ) from None
         raise ModelError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
-    return _unwrap(content, path)
+
+
+def unwrap(content: object, path: str | Path) -> tuple[dict[str, Tensor], str | None]:
+    """The state dict in a checkpoint's content, and the key it lies under: None where it is the content."""
+    wrapper = None
+    if isinstance(content, dict):
+        keys = ("net", "state_dict", "model")
+        wrapper = next((key for key in keys if isinstance(content.get(key), dict)), None)
+    state = content if wrapper is None else content[wrapper]
+    if not isinstance(state, dict) or not state:
+        raise ModelError(f"{path}: holds a {type(state).__name__}, expected a dict of named tensors")
+    foreign = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise ModelError(
+            f"{path}: entries that are not tensors: {_some(foreign)}; expected a state dict, bare or under "
+            "'net', 'state_dict' or 'model'"
+        )
+    return state, wrapper
+
+
+def bare(key: object) -> str:
+    """A checkpoint's key as the model names it: without DataParallel's `module.`."""
+    return str(key).removeprefix("module.")
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts in a safetensors file's metadata; none for another format."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with _open_safetensors(Path(path)) as file:
+        return file.metadata() or {}
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
@@ -222,20 +272,3 @@ def _open_safetensors(path: Path):
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    if isinstance(content, dict):
-        for key in ("net", "state_dict", "model"):
-            if isinstance(content.get(key), dict):
-                content = content[key]
-                break
-    if not isinstance(content, dict) or not content:
-        raise ModelError(f"{path}: holds a {type(content).__name__}, expected a dict of named tensors")
-    foreign = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-    if foreign:
-        raise ModelError(
-            f"{path}: entries that are not tensors: {_some(foreign)}; expected a state dict, bare or under "
-            "'net', 'state_dict' or 'model'"
-        )
-    return {str(key).removeprefix("module."): value for key, value in content.items()}

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -30,7 +31,15 @@ class UsageError(Exception):
 
 
 class NotebookFailed(Exception):
-    """A notebook stopped with an error; the message names notebook, cell and error."""
+    """A notebook stopped with an error; the message names notebook, cell and error.
+
+    error   the error's type and text, as the notebook raised it; two empty strings where its process died
+    failed  the notebook as far as it went
+    """
+
+    def __init__(self, message, failed, error=("", "")):
+        super().__init__(message)
+        self.failed, self.error = failed, error
 
 
 @dataclass(frozen=True)
@@ -226,12 +235,28 @@ def execute(notebook, output, values, stamp):
         os.replace(partial, output)
     except papermill.PapermillExecutionError as error:
         os.replace(partial, failed)
-        raise NotebookFailed(_failure(notebook, error, failed)) from None
+        cause = error.ename, error.evalue
+        raise NotebookFailed(_failure(notebook, error, failed), failed, cause) from None
     except DeadKernelError:
         os.replace(partial, failed)
-        raise NotebookFailed(_death(notebook, failed)) from None
+        raise NotebookFailed(_death(notebook, failed), failed) from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def as_html(page):
+    """Write an executed notebook as HTML too, and return that file; the notebook itself without nbconvert."""
+    try:
+        from nbconvert import HTMLExporter
+    except ImportError:  # comes with jupyterlab
+        return page
+    from ibau.models import whole_file
+
+    text, _ = HTMLExporter().from_filename(str(page))
+    with whole_file(page.with_suffix(".html")) as temporary:
+        shutil.copymode(page, temporary)
+        temporary.write_text(text, encoding="utf-8")
+    return page.with_suffix(".html")
 
 
 def _this_python():

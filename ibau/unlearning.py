@@ -2,8 +2,12 @@
 
     min over theta  max over |delta|_2 <= C   H(delta, theta),      H = mean_i L(f_theta(x_i + delta), y_i)
 
-A round first solves the inner problem for the weights at hand: which single perturbation, added to every
+A round first solves the inner problem for the weights at hand: which single perturbation, put on every
 image, hurts most? Then a few outer steps on the clean set follow the implicit hypergradient.
+
+The paper's perturbation is added: x + delta, |delta|_2 <= C. The default one *replaces*, as most triggers
+do: delta = (m, p), a mask and a picture, turns x into (1 - m) x + m p, the form Neural Cleanse gives to
+triggers; m and p lie in [0, 1], and sum(m) <= A pixels. See `IBAUSettings`.
 """
 
 import copy
@@ -21,10 +25,11 @@ from tqdm import tqdm
 
 from ibau import hypergradient as hg
 from ibau.hypergradient import Hypergradient, project_l2
-from ibau.layers import cheapen, restore
+from ibau.layers import cheapen, reduced, restore
 from ibau.models import device_of
-from ibau.training import PRECISIONS, autocast, to_float
+from ibau.training import PRECISIONS, autocast, native_bfloat16, to_float
 
+PERTURBATIONS = ("replacing", "additive")
 HYPERGRADIENTS = ("fixed_point", "cg", "unrolled", "neumann")
 COLLAPSE = 0.5  # held-out accuracy below this share of what it was: the round is undone
 ROLLBACKS = 3  # and tried again at half the rate, this often in a row
@@ -43,25 +48,29 @@ class UnlearningWarning(UserWarning):
 class IBAUSettings:
     """How to unlearn.
 
-    radius and share go together: delta is far larger than any trigger that could hide (a white 4x4 square on
-    mid-grey has l2 norm 3.5), so that whatever a trigger excites is within its reach, and it is shown on few
-    images, because no classifier stays accurate under such a perturbation. 10 is the radius of the authors'
-    CIFAR-10 notebook, which shows delta on 1% of the images.
+    The default looks for perturbations that replace some pixels, of another number of pixels each round, and
+    leaves the implicit term out. `IBAUSettings.paper()` is the paper's algorithm, an additive delta and five
+    terms of the series; `IBAUSettings.authors()` the authors' script. Notebook 04 compares the first two.
 
-    The paper's algorithm is `IBAUSettings(K=5)`. The default leaves its implicit term out: notebook 04 puts
-    the two side by side, and with the term a step takes several times as long for no gain that shows there.
+    With an additive delta, radius and share go together: delta is far larger than any trigger that could hide
+    (a white 4x4 square on mid-grey has l2 norm 3.5), so that whatever a trigger excites is within its reach,
+    and it is shown on few images, because no classifier stays accurate under it. 10 is the radius of the
+    authors' CIFAR-10 notebook, which shows delta on 1% of the images.
     """
 
     rounds: int = 20  # inner solves, at most: see patience
     outer_steps: int = 10  # after each of them; 0: a pass over the clean set
     batch_size: int = 100  # clean images of an outer step
-    share: float = 0.02  # share of these that carries delta
+    share: float = 0.04  # share of these that carries delta
     lr: float = 5e-4  # of the outer Adam
     cosine: bool = True  # the rate falls to 0 along a cosine, so the last rounds mend accuracy
-    radius: float = 10.0  # C: the l2 ball that delta may not leave; pixels are in [0, 1]; inf: no bound
+    perturbation: str = "replacing"  # or "additive"
+    least_area: float = 0.008  # A, as a share of the image, is drawn each round between this ...
+    most_area: float = 0.31  # ... and this, even on a logarithmic scale; 8 to 320 of 32x32 pixels
+    radius: float = 10.0  # C: the l2 ball an additive delta may not leave; pixels in [0, 1]; inf: no bound
     inner_steps: int = 20  # ascent steps of an inner solve; 0: a pass over the clean set
     inner_images: int = 50  # clean images a round's inner problem is posed on
-    inner_lr: float = 0.0  # 0: normalised ascent, see `maximise`; else plain ascent at this rate, in batches
+    inner_lr: float = 0.0  # 0: normalised ascent; else plain ascent at this rate, in batches (additive only)
     penalty: float = 0.0  # weight of |delta|^2 that the inner objective loses
     own_labels: bool = False  # the inner objective takes the model's own predictions for labels
     persistent: bool = False  # the ascent starts from the last round's delta, not afresh
@@ -72,6 +81,14 @@ class IBAUSettings:
     held_out: float = 0.2  # share of the clean images that is only watched, 500 at most; 0: nothing is
     patience: int = 10  # rounds without a lower held-out objective after which to stop
     precision: str = "auto"  # of the ascent and of steps with K = 0; float32 where K > 0
+
+    @classmethod
+    def paper(cls, K: int = 5, **other) -> "IBAUSettings":
+        """The paper's algorithm: one additive perturbation in an l2 ball, and the implicit hypergradient.
+
+        `other` settings as usual. K = 0 leaves the implicit term out.
+        """
+        return cls(**{"perturbation": "additive", "share": 0.02, "K": K, **other})
 
     @classmethod
     def authors(cls, rounds: int = 1) -> "IBAUSettings":
@@ -87,6 +104,7 @@ class IBAUSettings:
             share=0.01,
             lr=1e-3,
             cosine=False,
+            perturbation="additive",
             radius=math.inf,
             inner_steps=0,
             inner_images=100,
@@ -111,10 +129,25 @@ class IBAUSettings:
             raise ValueError(f"share is {self.share}; it must lie in (0, 1]")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; it must lie in [0, 1)")
-        for name, valid in (("hypergradient", HYPERGRADIENTS), ("precision", PRECISIONS)):
+        if not 0 < self.least_area <= self.most_area <= 1:
+            raise ValueError(
+                f"least_area is {self.least_area} and most_area {self.most_area}; "
+                "0 < least_area <= most_area <= 1 must hold"
+            )
+        for name, valid in (
+            ("perturbation", PERTURBATIONS),
+            ("hypergradient", HYPERGRADIENTS),
+            ("precision", PRECISIONS),
+        ):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; valid: {', '.join(valid)}")
-        if math.isinf(self.radius) and not self.inner_lr:
+        additive = self.perturbation == "additive"
+        if not additive and (self.inner_lr or self.penalty or self.hypergradient == "cg"):
+            raise ValueError(
+                f"inner_lr is {self.inner_lr}, penalty {self.penalty}, hypergradient {self.hypergradient!r}; "
+                "0, 0 and not 'cg' go with a replacing perturbation, others need perturbation='additive'"
+            )
+        if additive and math.isinf(self.radius) and not self.inner_lr:
             raise ValueError("radius is inf; normalised ascent needs a finite one, or set inner_lr")
         if self.hypergradient == "cg" and (math.isinf(self.radius) or self.penalty):
             raise ValueError("hypergradient 'cg' needs a finite radius and no penalty")
@@ -124,7 +157,7 @@ class IBAUSettings:
 class Perturbation:
     """An inner solution and how good it is.
 
-    delta         (1, 3, H, W), |delta|_2 <= radius
+    delta         (1, C, H, W), |delta|_2 <= radius; replacing: (1, 1 + C, H, W), the mask, then the picture
     loss          the inner objective there
     stationarity  |Phi(delta) - delta| / |delta|: 0 where no step inside the ball can raise the objective
     """
@@ -141,7 +174,7 @@ class Unlearned:
     history  one dict a round: what the inner solve and the outer steps were like; with images held out, also
              held_out_objective (what the outer steps minimise, for the weights the round began with and the
              delta it found) and held_out_acc (after the round)
-    deltas   (rounds, 3, H, W): the perturbation each round found
+    deltas   (rounds, C, H, W): the perturbation each round found; replacing: (rounds, 1 + C, H, W)
     stopped  why it ended: "rounds", or "patience"
     """
 
@@ -151,15 +184,31 @@ class Unlearned:
     stopped: str
 
 
-def inner_objective(
-    model: nn.Module, params: dict[str, Tensor], delta: Tensor, images: Tensor, labels: Tensor
-):
-    """H(delta, theta): mean cross-entropy of `labels` on images + delta, with `params` as the weights.
+def perturbed(images: Tensor, delta: Tensor, carries: Tensor | None = None) -> Tensor:
+    """`images` (N, C, H, W) under delta: x + delta, or (1 - m) x + m p for a delta of one channel more.
 
-    As in the paper, images + delta is not cut to [0, 1]: cut, delta has no gradient on pixels that are black
-    or white already, and a trigger there stays out of its sight.
+    carries (N, 1, 1, 1), of 0 and 1, says which images carry it; None: all.
     """
-    logits = functional_call(model, params, (images + delta,))
+    if delta.shape[1] == images.shape[1]:
+        return images + (delta if carries is None else carries * delta)
+    mask, picture = delta[:, :1], delta[:, 1:]
+    return images + (mask if carries is None else carries * mask) * (picture - images)
+
+
+def inner_objective(
+    model: nn.Module,
+    params: dict[str, Tensor],
+    delta: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    carries: Tensor | None = None,
+):
+    """H(delta, theta): mean cross-entropy of `labels` on perturbed images, with `params` as the weights.
+
+    As in the paper, x + delta is not cut to [0, 1]: cut, delta has no gradient on pixels that are black or
+    white already, and a trigger there stays out of its sight.
+    """
+    logits = functional_call(model, params, (perturbed(images, delta, carries),))
     return F.cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
 
 
@@ -176,6 +225,46 @@ def maximise(objective, delta: Tensor, *, radius: float, steps: int) -> Tensor:
         length = radius / 5 * (1 - step / steps)
         delta = project_l2(delta.detach() + length * gradient / gradient.norm().clamp_min(1e-12), radius)
     return delta.detach()
+
+
+def maximise_replacing(objective, delta: Tensor, *, area: float, steps: int) -> Tensor:
+    """Maximise `objective(delta)` over delta = (m, p) with m, p in [0, 1] and sum(m) <= area, in pixels.
+
+    The mask steps along its gradient, by a third of the largest norm a binary mask of that area has; the
+    picture by 0.5 along the signs of its own, whose size says more about the mask than about the colour.
+    Both steps fall to zero.
+    """
+    delta = project_replacing(delta.detach(), area)
+    for step in range(steps):
+        delta.requires_grad_()
+        (gradient,) = torch.autograd.grad(objective(delta), delta)
+        mask, picture = gradient[:, :1], gradient[:, 1:]
+        mask = math.sqrt(area) / 3 * mask / mask.norm().clamp_min(1e-12)
+        move = torch.cat([mask, 0.5 * picture.sign()], dim=1)
+        delta = project_replacing(delta.detach() + (1 - step / steps) * move, area)
+    return delta.detach()
+
+
+def project_replacing(delta: Tensor, area: float) -> Tensor:
+    """The closest (m, p) to delta with m, p in [0, 1] and sum(m) <= area; differentiable almost everywhere.
+
+    The mask loses one number tau throughout before it is cut to [0, 1]. Bisection finds which pixels end
+    strictly between; on them tau is what their sum says, which is what is differentiated.
+    """
+    mask, picture = delta[:, :1], delta[:, 1:].clamp(0, 1)
+    values = mask.detach()
+    if values.clamp(0, 1).sum() <= area:
+        return torch.cat([mask.clamp(0, 1), picture], dim=1)
+    low, high = torch.zeros_like(values.max()), values.max()
+    for _ in range(30):
+        middle = (low + high) / 2
+        too_much = (values - middle).clamp(0, 1).sum() > area
+        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+    between = (values > high) & (values < 1 + high)
+    if between.any():
+        full = (values >= 1 + high).sum()
+        high = (mask[between].sum() + full - area) / between.sum()
+    return torch.cat([(mask - high).clamp(0, 1), picture], dim=1)
 
 
 @torch.enable_grad()
@@ -277,11 +366,12 @@ class _Run:
         self.rate /= 2
 
     def round(self) -> tuple[dict, Tensor]:
-        """Solve the inner problem, take the outer steps; returns what it was like, and delta (1, 3, H, W)."""
+        """Solve the inner problem, take the outer steps; returns what it was like, and delta."""
         started = time.perf_counter()
         sample = torch.randperm(len(self.images), generator=self.generator)[: self.settings.inner_images]
         sample = sample.to(self.images.device)
-        inner = InnerProblem(self.model, self.images[sample], self.labels[sample], self.settings)
+        area = self._area()
+        inner = InnerProblem(self.model, self.images[sample], self.labels[sample], self.settings, area)
         found = inner.solve(self.generator, start=self.delta, steps=self.inner_steps, batches=self._pool())
         if not math.isfinite(found.loss):
             raise UnlearningError(f"the inner loss became {found.loss}")
@@ -302,6 +392,7 @@ class _Run:
         line = {
             "inner_loss": found.loss,
             "delta_norm": found.delta.norm().item(),
+            "area": area,
             "stationarity": found.stationarity,
             "outer_loss": _mean([s.loss for s in steps]),
             "implicit_over_direct": _mean([s.ratio for s in steps]),
@@ -319,10 +410,18 @@ class _Run:
         named = {name: weights[name] for name, _ in self.model.named_parameters()}
         for x, y in zip(images.split(500), labels.split(500), strict=True):
             x = to_float(x)
-            clean = inner_objective(self.model, named, torch.zeros_like(delta), x, y)
+            clean = inner_objective(self.model, named, torch.zeros_like(delta), x, y)  # no mask, no change
             hurt = inner_objective(self.model, named, delta, x, y)
             losses.append(((1 - share) * clean + share * hurt).item() * len(x))
         return sum(losses) / len(images)
+
+    def _area(self) -> float | None:
+        """The pixels a replacing perturbation of this round may cover; None for an additive one."""
+        if self.settings.perturbation == "additive":
+            return None
+        least, most = self.settings.least_area, self.settings.most_area
+        share = least * (most / least) ** torch.rand(1, generator=self.generator).item()
+        return max(1.0, share * self.images.shape[-2] * self.images.shape[-1])
 
     def _rate_now(self) -> float:
         if not self.settings.cosine:
@@ -338,14 +437,23 @@ class _Run:
 
 
 class InnerProblem:
-    """max over |delta| <= C of H(delta, theta) on a fixed sample of clean images, for the model's weights.
+    """max over delta of H(delta, theta) on a fixed sample of clean images, for the model's weights.
+
+    Over |delta|_2 <= radius, or, given an area in pixels, over replacing perturbations of at most that area.
 
     The sample is fixed so that the problem has a solution that stays one: the implicit function theorem is
     about a stationary point of *this* objective, and `phi` is evaluated on the images `solve` used.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, settings: IBAUSettings):
-        self.model, self.settings = model, settings
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        settings: IBAUSettings,
+        area: float | None = None,
+    ):
+        self.model, self.settings, self.area = model, settings, area
         self.names = [name for name, _ in model.named_parameters()]
         self.images, self.labels = self._ready(images, labels)
 
@@ -359,7 +467,13 @@ class InnerProblem:
     def phi(self, delta: Tensor, params: Sequence[Tensor]) -> Tensor:
         """Phi(delta, theta) = project(delta + eta dH/ddelta): one projected gradient ascent step."""
         (gradient,) = torch.autograd.grad(self.objective(delta, params), delta, create_graph=True)
-        return project_l2(delta + self.settings.phi_step * gradient, self.settings.radius)
+        return self.project(delta + self.settings.phi_step * gradient)
+
+    def project(self, delta: Tensor) -> Tensor:
+        """The closest perturbation that is allowed."""
+        if self.area is None:
+            return project_l2(delta, self.settings.radius)
+        return project_replacing(delta, self.area)
 
     def solve(
         self, generator: torch.Generator, *, start: Tensor | None = None, steps: int = 0, batches=None
@@ -369,8 +483,9 @@ class InnerProblem:
         With `inner_lr` the ascent is plain, from 0, and each step takes its images from `batches`.
         """
         settings, weights = self.settings, self.weights()
-        shape = (1, *self.images.shape[1:])
+        _, channels, height, width = self.images.shape
         if settings.inner_lr:
+            shape = (1, channels, height, width)
             delta = torch.zeros(shape, device=self.images.device) if start is None else start
             for _, (x, y) in zip(range(steps), batches, strict=False):
                 x, y = self._ready(x, y)
@@ -378,22 +493,29 @@ class InnerProblem:
                 (gradient,) = torch.autograd.grad(self._objective(delta, weights, x, y), delta)
                 delta = project_l2(delta.detach() + settings.inner_lr * gradient, settings.radius)
         else:
-            if start is None:
-                start = torch.randn(shape, generator=generator).to(self.images.device)
-                start *= 0.01 * settings.radius / start.norm()
 
             def low_precision(delta: Tensor) -> Tensor:
                 with autocast(self.images.device, settings.precision):
                     return self.objective(delta, weights)
 
-            delta = maximise(
-                low_precision, start, radius=settings.radius, steps=steps or settings.inner_steps
-            )
+            steps = steps or settings.inner_steps
+            if self.area is None:
+                if start is None:
+                    start = torch.randn(1, channels, height, width, generator=generator)
+                    start *= 0.01 * settings.radius / start.norm()
+                start = start.to(self.images.device)
+                delta = maximise(low_precision, start, radius=settings.radius, steps=steps)
+            else:
+                if start is None:  # a faint mask, on average as large as it may be, over noise
+                    start = torch.rand(1, 1 + channels, height, width, generator=generator)
+                    start[:, :1] *= 2 * self.area / (height * width)
+                start = start.to(self.images.device)
+                delta = maximise_replacing(low_precision, start, area=self.area, steps=steps)
         delta = delta.detach().requires_grad_()
         loss = self.objective(delta, weights)
         (gradient,) = torch.autograd.grad(loss, delta)
         delta = delta.detach()
-        moved = project_l2(delta + settings.phi_step * gradient, settings.radius)
+        moved = self.project(delta + settings.phi_step * gradient)
         stationarity = ((moved - delta).norm() / delta.norm().clamp_min(1e-12)).item()
         return Perturbation(delta, loss.item(), stationarity)
 
@@ -425,7 +547,7 @@ def outer_step(
     def outer(delta: Tensor, params: Sequence[Tensor]) -> Tensor:
         named = dict(zip(inner.names, params, strict=True))
         with autocast(images.device, precision):
-            return inner_objective(inner.model, named, carries * delta, images, labels)
+            return inner_objective(inner.model, named, delta, images, labels, carries)
 
     gradient = hypergradient_of(outer, inner, delta)
     if not (math.isfinite(gradient.loss) and math.isfinite(gradient.ratio)):
@@ -445,6 +567,9 @@ def hypergradient_of(outer, inner: InnerProblem, delta: Tensor) -> Hypergradient
     cg           conjugate gradients on the optimality conditions of the ball
     unrolled     differentiates through K more steps of Phi
     neumann      the first K terms of the series, whatever they come to: the authors'
+
+    Gradients are float32's. Where `precision` allows, the series' products with second derivatives at that
+    float32 point, and the implicit term itself, multiply in bfloat16.
     """
     settings, weights = inner.settings, inner.weights()
     if settings.hypergradient == "unrolled" and settings.K:
@@ -453,6 +578,8 @@ def hypergradient_of(outer, inner: InnerProblem, delta: Tensor) -> Hypergradient
     if settings.hypergradient == "cg":
         return hg.kkt_hypergradient(outer, inner.objective, delta, weights, radius=settings.radius, **how)
     solve = hg.neumann if settings.hypergradient == "neumann" else hg.fixed_point
+    low = settings.precision == "auto" and native_bfloat16(delta.device) or settings.precision == "bfloat16"
+    how["products"] = reduced() if low else None
     return hg.implicit_hypergradient(outer, inner.phi, delta, weights, solve=solve, **how)
 
 

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import fields, replace
+import time
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from ibau import experiments, models, training
 from ibau.attacks import ATTACKS, Trigger
 from ibau.datasets import DATASETS, ImageSet, Splits
+from ibau.defences.protocol import Defence, Defended
 from ibau.experiments import PROFILES, VictimSettings, key, profile, unlearn_record, victim, write_json
 from ibau.models import ModelError
 from ibau.training import TrainSettings
@@ -50,14 +52,14 @@ def runs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def untrained(monkeypatch):
-    """A function after whose call training and unlearning are errors."""
+    """A function after whose call training and defending are errors."""
 
     def forbid():
         def fail(*_, **__):
             raise AssertionError("this was done before")
 
         monkeypatch.setattr(experiments, "train", fail)
-        monkeypatch.setattr(experiments.unlearning, "unlearn", fail)
+        monkeypatch.setattr(Defence, "__call__", fail)
 
     return forbid
 
@@ -393,7 +395,7 @@ def test_the_record_is_about_the_model_beside_it(splits, untrained):
     assert record["before"] == attacked.record["measured"]
     assert record["curve"][0]["acc"] == record["before"]["acc"]  # fewer than 1,000 test images: the same
     assert record["curve"][-1]["asr"] == record["after"]["asr"]
-    deltas = load_file(experiments.kept(record, ".deltas"))["deltas"]
+    deltas = load_file(experiments.kept(record, ".tensors"))["deltas"]
     assert deltas.shape == (2, 3, 32, 32)
     assert deltas.flatten(1).norm(dim=1).max() <= DEFENCE.radius * (1 + 1e-5)
 
@@ -411,6 +413,192 @@ def test_a_clean_model_can_be_defended_too(splits):
     record = unlearn_record(replace(SETTINGS, attack="none"), splits, DEFENCE)
     assert record["after"]["der"] is record["after"]["asr"] is None
     assert record["after"]["acc"]["n"] == 30
+
+
+# ---- any defence
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """The settings of a defence for the tests."""
+
+    shift: float = 0.0  # is added to the last layer's first bias
+
+
+def stub(**about):
+    """A defence that changes one number, and a list of the data it was given."""
+    given = []
+
+    def function(model, data, *, settings, seed=0, progress=False):
+        given.append(data)
+        with torch.no_grad():
+            model.classifier.bias[0] += settings.shift
+        return Defended(model, [{"epoch": 1}], {"flagged": [2]}, {"masks": torch.eye(3).T[None]})
+
+    return Defence("Stub", function, NoSettings, **about), given
+
+
+@pytest.fixture
+def stubs(monkeypatch):
+    """The data that defences which see "clean", "nothing" and "poisoned" (so they are called) were given."""
+    made = {sees: stub(sees=sees) for sees in ("clean", "nothing", "poisoned")}
+    monkeypatch.setattr(experiments.defences, "DEFENCES", {sees: entry[0] for sees, entry in made.items()})
+    return {sees: entry[1] for sees, entry in made.items()}
+
+
+def test_a_defence_is_given_what_it_may_see(splits, stubs):
+    for sees in stubs:
+        experiments.defence_record(SETTINGS, splits, sees)
+    assert torch.equal(stubs["clean"][0].images, splits.clean.images)
+    assert stubs["nothing"] == [None]
+    expected = experiments.poison_with(victim(SETTINGS, splits).attacks, SETTINGS, splits).data
+    (seen,) = stubs["poisoned"]
+    assert torch.equal(seen.images, expected.images) and torch.equal(seen.labels, expected.labels)
+    assert not torch.equal(seen.labels, splits.train.labels)
+    experiments.defence_record(replace(SETTINGS, attack="none"), splits, "poisoned")
+    assert stubs["poisoned"][1] is splits.train
+
+
+def test_a_defence_without_rounds_has_no_curve_but_its_evidence(splits, stubs):
+    record = experiments.defence_record(SETTINGS, splits, "clean", NoSettings(1e6))
+    assert record["curve"] == [] and record["evidence"] == {"flagged": [2]}
+    assert record["settings"]["defence_settings"] == {"shift": 1e6}
+    assert record["after"]["acc"]["value"] == pytest.approx(1 / 3)  # all are of the first class now
+    assert torch.equal(load_file(experiments.kept(record, ".tensors"))["masks"][0], torch.eye(3))
+
+
+def test_clean_images_nobody_sees_make_no_other_record(splits, stubs):
+    fewer = replace(splits, clean=splits.clean.take(range(9)))
+    for sees, given in stubs.items():
+        for parts in (splits, fewer):
+            experiments.defence_record(SETTINGS, parts, sees)
+        assert len(given) == (2 if sees == "clean" else 1)
+
+
+def test_a_model_of_another_kind_is_kept_too(splits, monkeypatch):
+    def regrown(model, data, *, settings, seed=0, progress=False):
+        return Defended(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3)))
+
+    monkeypatch.setattr(experiments.defences, "DEFENCES", {"regrown": Defence("R", regrown, NoSettings)})
+    record = experiments.defence_record(SETTINGS, splits, "regrown")
+    assert set(models.load_state(experiments.kept(record, ".safetensors"))) == {"1.weight", "1.bias"}
+    assert not experiments.kept(record, ".tensors").exists()
+
+
+def test_bad_defences_are_refused(splits, runs, stubs):
+    with pytest.raises(ValueError, match="unknown defence 'nc'; valid: clean, nothing, poisoned"):
+        experiments.defence_record(SETTINGS, splits, "nc")
+    assert not runs.exists()  # nothing was trained for it
+    with pytest.raises(ValueError, match="Stub takes settings of type NoSettings, not IBAUSettings"):
+        experiments.defence_record(SETTINGS, splits, "clean", DEFENCE)
+
+
+def test_measuring_the_rounds_is_not_counted(splits, monkeypatch):
+    def watched(model, data, *, settings, seed=0, progress=False, on_round=None):
+        for i in range(3):
+            on_round(model, [{"round": i + 1}])
+        return Defended(model, [{"round": 3}])
+
+    real = experiments.measure
+    monkeypatch.setattr(experiments.defences, "DEFENCES", {"watched": Defence("W", watched, NoSettings)})
+    monkeypatch.setattr(experiments, "measure", lambda *a: time.sleep(0.2) or real(*a))
+    record = experiments.defence_record(SETTINGS, splits, "watched")
+    assert [point["round"] for point in record["curve"]] == [0, 1, 2, 3]
+    assert 0 <= record["seconds"] < 0.4  # of 0.6 and more that measuring took
+
+
+# ---- records that were damaged, records that two want
+
+
+DAMAGES = {
+    "cut short": lambda text: text[: len(text) // 2],
+    "emptied": lambda text: "",
+    "edited": lambda text: text.replace('"n": 30', '"n": 3000'),
+    "another thing": lambda text: "[]",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_record_is_made_again(splits, stubs, damage):
+    record = experiments.defence_record(SETTINGS, splits, "clean")
+    path = experiments.kept(record, ".json")
+    text = path.read_text()
+    path.write_text(damage(text))
+    assert path.read_text() != text
+    assert untimed(experiments.defence_record(SETTINGS, splits, "clean")) == untimed(record)
+    assert len(stubs["clean"]) == 2
+    assert untimed(json.loads(path.read_text())) == untimed(record)
+
+
+def untimed(record):
+    measured = {"checksum", "seconds", "peak_memory_mb"}
+    return {name: value for name, value in record.items() if name not in measured}
+
+
+def test_a_damaged_note_trains_the_victim_again(splits, runs):
+    first = victim(SETTINGS, splits)
+    (note,) = (runs / "models").glob("*.json")
+    note.write_text(note.read_text().replace('"n": 30', '"n": 31'))
+    again = victim(SETTINGS, splits)
+    assert again.record["measured"] == first.record["measured"] and same(again.model, first.model)
+
+
+def test_a_record_of_before_the_checksums_is_read(tmp_path):
+    path = write_json(tmp_path / "a.json", {"settings": {"defence": "ibau"}})
+    assert experiments.recorded(tmp_path) == [{"settings": {"defence": "ibau"}}]
+    assert experiments.recorded(tmp_path, defence="nc") == []
+    written = experiments.write_record(path, {"settings": {"defence": "nc"}, "map": {1: (2.5, float("inf"))}})
+    assert experiments.recorded(tmp_path, defence="nc") == [written] == [experiments.read_record(path)]
+    path.write_text(path.read_text().replace("2.5", "2.6"))
+    with pytest.raises(ValueError, match="cut short or edited since it was written: a.json"):
+        experiments.recorded(tmp_path)
+
+
+def test_two_that_want_the_same_record_make_it_once(runs, tmp_path):
+    """Two processes, started together; what one makes takes long enough for the other to ask for it."""
+    program = f"""
+        import os, sys, time
+        from pathlib import Path
+        from ibau.experiments import once, write_record
+        path = Path({str(tmp_path / "a.json")!r})
+        def make():
+            with open({str(tmp_path / "log")!r}, "a") as log:
+                log.write("made ")
+            time.sleep(1)
+            return write_record(path, {{"pid": os.getpid()}})
+        Path({str(tmp_path)!r}, f"ready-{{os.getpid()}}").touch()
+        while len(list(Path({str(tmp_path)!r}).glob("ready-*"))) < 2:
+            time.sleep(0.01)
+        print(once(path, make)["pid"])
+    """
+    start = [sys.executable, "-c", textwrap.dedent(program)]
+    both = [subprocess.Popen(start, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = {process.communicate()[0].strip() for process in both}
+    assert (tmp_path / "log").read_text() == "made "
+    assert said == {str(json.loads((tmp_path / "a.json").read_text())["pid"])} < {str(p.pid) for p in both}
+
+
+def test_a_killed_holder_frees_the_lock(runs, tmp_path):
+    program = f"""
+        import os, signal
+        from pathlib import Path
+        from ibau.experiments import once
+        once(Path({str(tmp_path / "a.json")!r}), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(program)]).returncode == -signal.SIGKILL
+    assert "process" in (runs / "locks" / "a.lock").read_text()
+    path = tmp_path / "a.json"
+    assert experiments.once(path, lambda: experiments.write_record(path, {"a": 1}))["a"] == 1
+
+
+def test_a_folder_that_cannot_be_locked_is_told(runs, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("No locks available")
+
+    monkeypatch.setattr(experiments.fcntl, "flock", refuse)
+    path = tmp_path / "a.json"
+    with pytest.warns(UserWarning, match="No locks available.*made twice"):
+        assert experiments.once(path, lambda: experiments.write_record(path, {"a": 1}))["a"] == 1
 
 
 def test_rating_by_hand():

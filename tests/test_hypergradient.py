@@ -16,10 +16,13 @@ from ibau.hypergradient import (
     fixed_point,
     implicit_hypergradient,
     kkt_hypergradient,
+    neumann,
     project_l2,
     unrolled_hypergradient,
 )
+from ibau.layers import cheapen, reduced
 from ibau.models import SmallVGG
+from ibau.textbook import textbook_hypergradient
 from ibau.toys import QuadraticBilevel
 
 often = settings(max_examples=50, deadline=None)
@@ -80,6 +83,24 @@ def test_fixed_point_sums_the_first_k_terms_of_the_neumann_series(k):
     series = sum(torch.linalg.matrix_power(j, i) @ b for i in range(k))
     assert found.products == k
     torch.testing.assert_close(found.x, series, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("solve", [fixed_point, neumann])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_a_residual_that_is_not_verified_saves_the_last_product(solve, k):
+    product, b = Counted(torch.eye(8, dtype=torch.float64) - contraction(0, 8, 0.8)), gaussian(1, 8)
+    verified = solve(product, b, maxiter=k)
+    product.calls = 0
+    found = solve(product, b, maxiter=k, verify=False)
+    assert found.products == product.calls == k - 1
+    assert torch.equal(found.x, verified.x)
+    assert math.isnan(found.residual)
+
+
+def test_a_series_seen_to_diverge_is_not_believed_unverified():
+    found = fixed_point(lambda x: -x, gaussian(0, 5), maxiter=4, verify=False)  # J = 2
+    assert torch.equal(found.x, torch.zeros(5, dtype=torch.float64))
+    assert found.residual == 1
 
 
 def test_fixed_point_reports_how_fast_it_converges():
@@ -572,6 +593,44 @@ def test_an_outer_objective_without_delta_has_no_implicit_term():
     assert found.solution.products == 0
 
 
+@pytest.mark.parametrize("radius", RADII)
+@pytest.mark.parametrize("k", [0, 1, 2, 5])
+def test_the_textbook_and_this_are_one_hypergradient(radius, k):
+    problem = Quadratic(radius)
+    args = (problem.outer, problem.phi, problem.delta, [problem.theta])
+    expected, found = textbook_hypergradient(*args, k), implicit_hypergradient(*args, maxiter=k)
+    for a, b in ((found.direct, expected.direct), (found.implicit, expected.implicit)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert found.loss == expected.loss
+    if k:
+        torch.testing.assert_close(found.solution.x, expected.solution.x, rtol=1e-12, atol=1e-14)
+        assert found.solution.products == k - 1 < expected.solution.products == k
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_residual_that_comes_with_the_last_pass_is_the_true_one(k):
+    problem = Quadratic()
+    step = torch.autograd.functional.jacobian(lambda d: problem.phi(d, [problem.theta]), problem.delta)
+    b = torch.func.grad(lambda d: problem.outer(d, [problem.theta]))(problem.delta)
+    found = problem.estimate(k)
+    x = found.solution.x
+    assert found.solution.residual == pytest.approx(
+        (x - step.T @ x - b).norm().item() / b.norm().item(), rel=1e-9
+    )
+
+
+def test_a_map_that_diverges_leaves_the_direct_term():
+    problem = Quadratic()
+
+    def away(delta, params):
+        return delta + 3 * (delta - problem.phi(delta, params))
+
+    for k in (1, 5):
+        found = implicit_hypergradient(problem.outer, away, problem.delta, [problem.theta], maxiter=k)
+        assert found.solution.residual == 1
+        assert found.ratio == 0
+
+
 # ---- on the boundary: max of delta . g(theta) over |delta| <= C has delta* = C g / |g|
 
 
@@ -751,6 +810,21 @@ def test_a_float32_network_equals_float64_finite_differences(push):
         assert found.stationarity < 1e-4
         assert along(found.total) == pytest.approx(difference, rel=1e-3)
         assert abs(along(found.implicit)) > 0.05 * abs(difference)  # the direct term alone would not do
+
+
+@pytest.mark.parametrize("push", [0.0, 0.02])
+def test_cheap_layers_and_reduced_products_give_the_textbooks_hypergradient(push):
+    plain, cheap = ConcaveVGG(push, torch.float32), ConcaveVGG(push, torch.float32)
+    cheapen(cheap.net)
+    expected = textbook_hypergradient(plain.outer, plain.phi, plain.start, plain.params, 5)
+    for products, error in ((None, 1e-4), (reduced(), 5e-3)):  # Phi's step of 1 / mu = 33 magnifies rounding
+        found = implicit_hypergradient(
+            cheap.outer, cheap.phi, cheap.start, cheap.params, maxiter=5, products=products
+        )
+        total, truth = (torch.cat([t.flatten() for t in g.total]) for g in (found, expected))
+        assert relative(total, truth) < error
+        assert found.ratio == pytest.approx(expected.ratio, rel=1e-2)
+        assert expected.ratio > 0.01
 
 
 # ---- the projection

@@ -1,0 +1,75 @@
+"""Plain fine-tuning on the clean set: what every other defence must beat."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ibau import metrics
+from ibau.datasets import ImageSet
+from ibau.defences.protocol import Defended, hold_out
+from ibau.models import device_of
+from ibau.training import TrainSettings, to_float, train
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How to fine-tune: as the victims are trained, with the epochs, batches and augmentation of NAD.
+
+    "crop-flip" mirrors images; use "crop" where a mirrored image is of another class (digits, road signs).
+    """
+
+    training: TrainSettings = TrainSettings(epochs=20, batch_size=64, augment="crop-flip")
+    held_out: float = 0.2  # share of the clean images that is only watched, 500 at most, as in I-BAU
+
+    @classmethod
+    def quick(cls) -> "FinetuneSettings":
+        """A budget of seconds, for the digits of mnist5k."""
+        return cls(TrainSettings(epochs=20, batch_size=32, augment="crop"))
+
+
+def finetune(
+    model: nn.Module, data: ImageSet, *, settings: FinetuneSettings, seed: int = 0, progress: bool = False
+) -> Defended:
+    """Train `model`, which is changed, on the clean images but for the held-out ones.
+
+    history: an epoch's loss and accuracy; evidence: held-out accuracy before and after. Raises ValueError for
+    images the model has no class for, or too few of them.
+    """
+    learnt, watched = clean_split(model, data, settings.held_out, seed)
+    before = held_out_accuracy(model, watched)
+    history = train(model, learnt, settings.training, seed=seed, progress="fine-tuning" if progress else None)
+    evidence = {
+        "held_out_images": len(watched),
+        "held_out_acc_before": before,
+        "held_out_acc": held_out_accuracy(model, watched),
+    }
+    return Defended(model, history, evidence)
+
+
+def clean_split(model: nn.Module, data: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """The clean images to learn from and those to watch, see `hold_out`.
+
+    Raises ValueError for labels that the model, in eval mode, has no class for, and where fewer than two
+    images are left to learn from, which BatchNorm cannot do with.
+    """
+    check_labels(model, data)
+    learnt, watched = hold_out(data, share, seed)
+    if len(learnt) < 2:
+        raise ValueError(f"{len(learnt)} of {len(data)} clean images is left to learn from; needs at least 2")
+    return learnt, watched
+
+
+@torch.no_grad()
+def check_labels(model: nn.Module, data: ImageSet) -> None:
+    """Raise ValueError for labels that `model`, in eval mode, has no class for."""
+    classes = model(to_float(data.images[:1]).to(device_of(model), copy=True)).shape[1]
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels go from {low} to {high}; the model has {classes} classes")
+
+
+def held_out_accuracy(model: nn.Module, watched: ImageSet) -> float:
+    """The share of held-out images that are classified as their label."""
+    hits = metrics.predict(model, watched.images) == watched.labels.cpu()
+    return hits.sum().item() / len(hits)

@@ -1,0 +1,22 @@
+"""I-BAU among the other defences: the method itself is in `ibau.unlearning`."""
+
+from torch import nn
+
+from ibau.datasets import ImageSet
+from ibau.defences.protocol import Defended
+from ibau.unlearning import IBAUSettings, unlearn
+
+
+def ibau(
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    settings: IBAUSettings,
+    seed: int = 0,
+    progress: bool = False,
+    on_round=None,
+) -> Defended:
+    """`unlearn` with the clean images; tensors: "deltas" (rounds, 3, H, W). `on_round` is as there."""
+    found = unlearn(model, data.images, data.labels, settings, seed, progress=progress, on_round=on_round)
+    evidence = {"rounds": len(found.history), "stopped": found.stopped}
+    return Defended(found.model, found.history, evidence, {"deltas": found.deltas})
