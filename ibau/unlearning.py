@@ -33,6 +33,7 @@ PERTURBATIONS = ("replacing", "additive")
 HYPERGRADIENTS = ("fixed_point", "cg", "unrolled", "neumann")
 COLLAPSE = 0.5  # held-out accuracy below this share of what it was: the round is undone
 ROLLBACKS = 3  # and tried again at half the rate, this often in a row
+FAINT = 1e-3  # the least mask at which the ascent looks for colours
 LOST = 0.05  # held-out accuracy lost at the end that is worth a warning
 
 
@@ -58,12 +59,13 @@ class IBAUSettings:
     authors' CIFAR-10 notebook, which shows delta on 1% of the images.
     """
 
-    rounds: int = 20  # inner solves, at most: see patience
+    rounds: int = 16  # inner solves, at most: see patience
     outer_steps: int = 10  # after each of them; 0: a pass over the clean set
+    mending: int = 40  # outer steps after the last round, on clean images alone: they bring accuracy back
     batch_size: int = 100  # clean images of an outer step
-    share: float = 0.04  # share of these that carries delta
+    share: float = 0.03  # share of these that carries delta
     lr: float = 5e-4  # of the outer Adam
-    cosine: bool = True  # the rate falls to 0 along a cosine, so the last rounds mend accuracy
+    cosine: bool = True  # the rate falls to 0 along a cosine
     perturbation: str = "replacing"  # or "additive"
     least_area: float = 0.008  # A, as a share of the image, is drawn each round between this ...
     most_area: float = 0.31  # ... and this, even on a logarithmic scale; 8 to 320 of 32x32 pixels
@@ -88,7 +90,8 @@ class IBAUSettings:
 
         `other` settings as usual. K = 0 leaves the implicit term out.
         """
-        return cls(**{"perturbation": "additive", "share": 0.02, "K": K, **other})
+        paper = {"rounds": 20, "mending": 0, "perturbation": "additive", "share": 0.02, "K": K}
+        return cls(**{**paper, **other})
 
     @classmethod
     def authors(cls, rounds: int = 1) -> "IBAUSettings":
@@ -101,6 +104,7 @@ class IBAUSettings:
         return cls(
             rounds=rounds,
             outer_steps=0,
+            mending=0,
             share=0.01,
             lr=1e-3,
             cosine=False,
@@ -122,7 +126,7 @@ class IBAUSettings:
         for name in ("rounds", "radius", "inner_images", "phi_step", "lr", "batch_size", "patience"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("K", "tol", "outer_steps", "inner_steps", "inner_lr", "penalty"):
+        for name in ("K", "tol", "outer_steps", "mending", "inner_steps", "inner_lr", "penalty"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if not 0 < self.share <= 1:
@@ -173,7 +177,8 @@ class Unlearned:
 
     history  one dict a round: what the inner solve and the outer steps were like; with images held out, also
              held_out_objective (what the outer steps minimise, for the weights the round began with and the
-             delta it found) and held_out_acc (after the round)
+             delta it found) and held_out_acc (after the round). The mending at the end has a line of its
+             own, with the number of its steps as "mending"
     deltas   (rounds, C, H, W): the perturbation each round found; replacing: (rounds, 1 + C, H, W)
     stopped  why it ended: "rounds", or "patience"
     """
@@ -232,11 +237,12 @@ def maximise_replacing(objective, delta: Tensor, *, area: float, steps: int) -> 
 
     The mask steps along its gradient, by a third of the largest norm a binary mask of that area has; the
     picture by 0.5 along the signs of its own, whose size says more about the mask than about the colour.
-    Both steps fall to zero.
+    Both steps fall to zero. A mask that is zero would hide what colour its pixel should have: it is taken a
+    little above.
     """
     delta = project_replacing(delta.detach(), area)
     for step in range(steps):
-        delta.requires_grad_()
+        delta = torch.cat([delta[:, :1].clamp_min(FAINT), delta[:, 1:]], dim=1).requires_grad_()
         (gradient,) = torch.autograd.grad(objective(delta), delta)
         mask, picture = gradient[:, :1], gradient[:, 1:]
         mask = math.sqrt(area) / 3 * mask / mask.norm().clamp_min(1e-12)
@@ -335,6 +341,18 @@ def unlearn(
             if len(objectives) - 1 - _first_lowest(objectives) >= settings.patience:
                 stopped = "patience"
                 break
+    if settings.mending:
+        kept = run.state()
+        line = run.mend()
+        accuracy, unmended = _accuracy(cleaned, *watched), accuracy
+        if not math.isfinite(line["outer_loss"]) or accuracy < COLLAPSE * unmended:
+            run.restart(kept)
+            accuracy = unmended
+        else:
+            found = {"held_out_acc": accuracy} if len(watched[0]) else {}
+            history.append({"round": len(history) + 1, **line, **found, "rate": run.rate})
+            if on_round:
+                on_round(cleaned, history)
     restore(cleaned).to(memory_format=torch.contiguous_format)
     _warn_if_lost(before, accuracy, len(watched[0]))
     return Unlearned(cleaned, history, torch.stack(deltas), stopped)
@@ -392,7 +410,7 @@ class _Run:
         line = {
             "inner_loss": found.loss,
             "delta_norm": found.delta.norm().item(),
-            "area": area,
+            **({} if area is None else {"area": area}),
             "stationarity": found.stationarity,
             "outer_loss": _mean([s.loss for s in steps]),
             "implicit_over_direct": _mean([s.ratio for s in steps]),
@@ -402,6 +420,26 @@ class _Run:
             "seconds": time.perf_counter() - started,
         }
         return line, found.delta
+
+    def mend(self) -> dict:
+        """Take the last outer steps, on clean images; returns what they were like."""
+        started, losses = time.perf_counter(), []
+        self.taken = self.settings.rounds * self.outer_steps  # rounds that were not needed leave the rate low
+        for _ in range(self.settings.mending):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._rate_now()
+            batch = next(self.batches).to(self.images.device)
+            images, labels = _channels_last(to_float(self.images[batch])), self.labels[batch]
+            with autocast(images.device, self.settings.precision):
+                logits = self.model(images.clone())
+            loss = F.cross_entropy(logits.float(), labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.item())
+            self.taken += 1
+        seconds = time.perf_counter() - started
+        return {"mending": len(losses), "outer_loss": _mean(losses), "seconds": seconds}
 
     @torch.no_grad()
     def held_out_objective(self, weights: dict, delta: Tensor, images: Tensor, labels: Tensor) -> float:
@@ -426,7 +464,7 @@ class _Run:
     def _rate_now(self) -> float:
         if not self.settings.cosine:
             return self.rate
-        done = self.taken / (self.settings.rounds * self.outer_steps)
+        done = self.taken / (self.settings.rounds * self.outer_steps + self.settings.mending)
         return self.rate / 2 * (1 + math.cos(math.pi * done))
 
     def _pool(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -439,7 +477,8 @@ class _Run:
 class InnerProblem:
     """max over delta of H(delta, theta) on a fixed sample of clean images, for the model's weights.
 
-    Over |delta|_2 <= radius, or, given an area in pixels, over replacing perturbations of at most that area.
+    Over |delta|_2 <= radius, or over replacing perturbations of at most `area` pixels (None: the most that
+    the settings allow).
 
     The sample is fixed so that the problem has a solution that stays one: the implicit function theorem is
     about a stationary point of *this* objective, and `phi` is evaluated on the images `solve` used.
@@ -454,6 +493,8 @@ class InnerProblem:
         area: float | None = None,
     ):
         self.model, self.settings, self.area = model, settings, area
+        if settings.perturbation == "replacing" and area is None:
+            self.area = settings.most_area * images.shape[-2] * images.shape[-1]
         self.names = [name for name, _ in model.named_parameters()]
         self.images, self.labels = self._ready(images, labels)
 

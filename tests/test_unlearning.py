@@ -4,11 +4,15 @@ import copy
 import math
 from dataclasses import replace
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from torch import nn
 
 import ibau
+from ibau import hypergradient as hg
 from ibau import metrics, models, unlearning
 from ibau.attacks import badnets, poison
 from ibau.datasets import load
@@ -21,10 +25,14 @@ from ibau.unlearning import (
     UnlearningWarning,
     inner_objective,
     maximise,
+    maximise_replacing,
+    perturbed,
+    project_replacing,
     unlearn,
 )
 
-SMALL = IBAUSettings(rounds=2, outer_steps=3, batch_size=8, inner_steps=5, inner_images=6, K=2)
+SMALL = IBAUSettings(rounds=2, outer_steps=3, mending=0, batch_size=8, inner_steps=5, inner_images=6, K=2)
+ADDITIVE = replace(SMALL, perturbation="additive")
 HISTORY = {
     "round",
     "inner_loss",
@@ -138,15 +146,16 @@ def test_the_history_has_a_line_a_round(model, images, labels):
     rounds = []
     result = unlearn(model, images, labels, SMALL, on_round=lambda m, h: rounds.append((m, len(h))))
     assert [line["round"] for line in result.history] == [1, 2]
-    assert all(set(line) == HISTORY for line in result.history)
+    assert all(set(line) == HISTORY | {"area"} for line in result.history)
     assert all(math.isfinite(value) for line in result.history for value in line.values())
     assert rounds == [(result.model, 1), (result.model, 2)]
-    assert result.deltas.shape == (2, 3, 8, 8)
+    assert result.deltas.shape == (2, 4, 8, 8)
 
 
 @pytest.mark.parametrize("radius", [0.01, 1.0, 10.0])
 def test_delta_stays_in_its_ball(model, images, labels, radius):
-    result = unlearn(model, images, labels, replace(SMALL, radius=radius, inner_steps=30))
+    result = unlearn(model, images, labels, replace(ADDITIVE, radius=radius, inner_steps=30))
+    assert all(set(line) == HISTORY for line in result.history)
     for delta, line in zip(result.deltas, result.history, strict=True):
         assert delta.norm() <= radius * (1 + 1e-5)
         assert line["delta_norm"] == pytest.approx(delta.norm().item(), rel=1e-5)
@@ -155,7 +164,7 @@ def test_delta_stays_in_its_ball(model, images, labels, radius):
 
 def test_more_inner_steps_come_closer_to_a_stationary_point(model, images, labels):
     few, many = (
-        unlearn(model, images, labels, replace(SMALL, rounds=1, inner_steps=steps, radius=2.0)).history[0]
+        unlearn(model, images, labels, replace(ADDITIVE, rounds=1, inner_steps=steps, radius=2.0)).history[0]
         for steps in (2, 100)
     )
     assert many["stationarity"] < few["stationarity"] / 10
@@ -163,7 +172,7 @@ def test_more_inner_steps_come_closer_to_a_stationary_point(model, images, label
 
 
 def test_without_k_the_implicit_term_is_left_out(model, images, labels):
-    solved = replace(SMALL, inner_steps=50, radius=2.0)  # else the series may diverge, and is left out too
+    solved = replace(ADDITIVE, inner_steps=50, radius=2.0)  # else the series may diverge, and is left out too
     without = unlearn(model, images, labels, replace(solved, K=0))
     assert [line["implicit_over_direct"] for line in without.history] == [0, 0]
     with_it = unlearn(model, images, labels, solved)
@@ -177,9 +186,10 @@ def test_without_k_the_implicit_term_is_left_out(model, images, labels):
 )
 def test_any_classifier_of_images_will_do(channels, size, classes, n):
     images = torch.rand(n, channels, *size)
-    result = unlearn(network(channels, classes), images, torch.arange(n) % classes, SMALL)
-    assert result.deltas.shape == (2, channels, *size)
-    assert result.model(images).shape == (n, classes)
+    for settings, maps in ((SMALL, 1 + channels), (ADDITIVE, channels)):
+        result = unlearn(network(channels, classes), images, torch.arange(n) % classes, settings)
+        assert result.deltas.shape == (2, maps, *size)
+        assert result.model(images).shape == (n, classes)
 
 
 def test_any_module_will_do():
@@ -237,7 +247,7 @@ def test_a_flat_objective_moves_nothing():
 
 @pytest.mark.parametrize("radius", [0.5, 100.0])
 def test_a_solution_says_how_near_to_stationary_it_is(model, images, labels, radius):
-    settings = replace(SMALL, radius=radius, inner_steps=40)
+    settings = replace(ADDITIVE, radius=radius, inner_steps=40)
     inner = InnerProblem(model, images, labels, settings)
     found = inner.solve(torch.Generator().manual_seed(0))
     moved = inner.phi(found.delta.requires_grad_(), inner.weights()).detach()
@@ -254,6 +264,110 @@ def test_the_inner_objective_is_the_cross_entropy_of_the_perturbed_images_uncut(
         p.data += 0.1
     expected = nn.functional.cross_entropy(moved(x + delta), labels)
     torch.testing.assert_close(inner_objective(model, params, delta, x, labels), expected)
+
+
+# ---- the replacing perturbation
+
+
+def some_delta(seed, size=4, channels=3, spread=1.5):
+    """A mask and a picture well outside of [0, 1]."""
+    torch.manual_seed(seed)
+    return spread * torch.randn(1, 1 + channels, size, size, dtype=torch.float64)
+
+
+def allowed(delta, area):
+    return delta.min() >= 0 and delta.max() <= 1 and delta[:, :1].sum() <= area * (1 + 1e-6)
+
+
+@given(seed=st.integers(0, 10**6), area=st.floats(0.5, 16))
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_a_projected_delta_is_allowed_and_no_allowed_one_is_closer(seed, area):
+    delta = some_delta(seed)
+    projected = project_replacing(delta, area)
+    assert allowed(projected, area)
+    torch.testing.assert_close(project_replacing(projected, area), projected, atol=1e-6, rtol=0)
+    # the set is convex, so a closest point p obeys <delta - p, q - p> <= 0 for every q in the set
+    for _ in range(20):
+        q = torch.rand_like(delta)
+        q[:, :1] *= min(1.0, area / q[:, :1].sum().item()) * torch.rand(1).item()
+        assert ((delta - projected) * (q - projected)).sum() <= 1e-5
+    vertex = (delta - projected)[:, :1]
+    best = torch.zeros_like(delta)
+    best.view(-1)[vertex.flatten().topk(int(area)).indices] = 1
+    best[:, 1:] = projected[:, 1:]
+    assert ((delta - projected) * (best - projected)).sum() <= 1e-5
+
+
+def test_the_projection_is_differentiated_exactly():
+    for seed, area in ((0, 3.0), (1, 0.7), (2, 100.0)):
+        assert torch.autograd.gradcheck(
+            lambda d, area=area: project_replacing(d, area), some_delta(seed).requires_grad_()
+        )
+
+
+def test_a_mask_of_zeros_changes_nothing_and_one_of_ones_everything():
+    x, picture = torch.rand(5, 3, 4, 4), torch.rand(1, 3, 4, 4)
+    none, every = torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4)
+    assert torch.equal(perturbed(x, torch.cat([none, picture], 1)), x)
+    torch.testing.assert_close(perturbed(x, torch.cat([every, picture], 1)), picture.expand(5, 3, 4, 4))
+    carries = torch.tensor([1.0, 0, 0, 1, 0]).view(5, 1, 1, 1)
+    some = perturbed(x, torch.cat([every, picture], 1), carries)
+    assert torch.equal(some[1], x[1])
+    torch.testing.assert_close(some[3], picture[0])
+
+
+def test_the_ascent_finds_the_pixels_that_matter():
+    """Linear in the image: a mask of three pixels belongs on the three largest gains."""
+    weights = torch.zeros(1, 1, 4, 4)
+    weights[0, 0, 1, 1], weights[0, 0, 2, 3], weights[0, 0, 0, 2] = 3.0, -2.0, 2.5
+    weights[0, 0, 3, 3] = 0.1
+    x = torch.full((6, 1, 4, 4), 0.5)
+
+    def objective(delta):
+        return (perturbed(x, delta) * weights).sum((1, 2, 3)).mean()
+
+    start = torch.rand(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = maximise_replacing(objective, start, area=3.0, steps=40)
+    best = torch.zeros(4, 4)
+    best[1, 1] = best[2, 3] = best[0, 2] = 1
+    torch.testing.assert_close(found[0, 0], best, atol=0.02, rtol=0)
+    assert found[0, 1, 1, 1] == 1 and found[0, 1, 2, 3] == 0 and found[0, 1, 0, 2] == 1
+
+
+def test_each_round_has_its_area_and_keeps_to_it(model, images, labels):
+    settings = replace(SMALL, rounds=6, K=0, least_area=0.05, most_area=0.5)
+    result = unlearn(model, images, labels, settings)
+    areas = [line["area"] for line in result.history]
+    assert len(set(areas)) == 6
+    assert all(0.05 * 64 <= area <= 0.5 * 64 for area in areas)
+    assert all(allowed(d[None], area) for d, area in zip(result.deltas, areas, strict=True))
+
+
+def test_the_implicit_term_of_a_replacing_perturbation_follows_the_inner_solution(model, images, labels):
+    """Unrolled differentiation of Phi's own steps against finite differences in the weights."""
+    model = model.double()
+    images = images.double() / 255
+    inner = InnerProblem(model, images, labels, replace(SMALL, phi_step=5.0), area=9.0)
+    start = project_replacing(some_delta(3, size=8, spread=0.4), 9.0)
+
+    def outer(delta, params):
+        named = dict(zip(inner.names, params, strict=True))
+        return inner_objective(inner.model, named, delta, images[:5], labels[:5])
+
+    theta = inner.weights()
+    found = hg.unrolled_hypergradient(outer, inner.phi, start, theta, steps=2)
+    direction = [torch.randn_like(t) for t in theta]
+
+    def value(step):
+        moved, delta = [t + step * d for t, d in zip(theta, direction, strict=True)], start
+        for _ in range(2):
+            delta = inner.phi(delta.detach().requires_grad_(), moved).detach()
+        return outer(delta, moved).item()
+
+    slope = (value(1e-6) - value(-1e-6)) / 2e-6
+    along = sum((g * d).sum().item() for g, d in zip(found.total, direction, strict=True))
+    assert found.ratio > 1e-3
+    assert along == pytest.approx(slope, rel=1e-5)
 
 
 # ---- what it refuses
@@ -311,8 +425,20 @@ def test_a_model_that_is_no_classifier_is_refused(images, labels, output, messag
         ({"held_out": 1.0}, r"held_out is 1.0; it must lie in \[0, 1\)"),
         ({"hypergradient": "magic"}, "hypergradient is 'magic'; valid: fixed_point, cg, unrolled, neumann"),
         ({"precision": "half"}, "precision is 'half'; valid: auto, float32, bfloat16"),
-        ({"radius": math.inf}, "radius is inf; normalised ascent needs a finite one"),
-        ({"hypergradient": "cg", "penalty": 0.1}, "'cg' needs a finite radius and no penalty"),
+        (
+            {"perturbation": "additive", "radius": math.inf},
+            "radius is inf; normalised ascent needs a finite one",
+        ),
+        (
+            {"perturbation": "additive", "hypergradient": "cg", "penalty": 0.1},
+            "'cg' needs a finite radius and no penalty",
+        ),
+        ({"perturbation": "magic"}, "perturbation is 'magic'; valid: replacing, additive"),
+        ({"hypergradient": "cg"}, "hypergradient 'cg'; 0, 0 and not 'cg' go with a replacing perturbation"),
+        ({"inner_lr": 1.0}, "inner_lr is 1.0, .* others need perturbation='additive'"),
+        ({"least_area": 0.5}, "least_area is 0.5 and most_area 0.31"),
+        ({"most_area": 1.5}, "most_area 1.5"),
+        ({"least_area": 0.0}, "least_area is 0.0"),
         ({"lr": -1e-3}, "lr is -0.001"),
         ({"lr": math.nan}, "lr is nan"),
         ({"phi_step": 0.0}, "phi_step is 0.0"),
@@ -421,12 +547,43 @@ def test_it_stops_when_the_held_out_objective_no_longer_falls(model, images, lab
 
 
 def test_the_held_out_objective_is_the_outer_one_of_the_weights_before_the_round(model, images, labels):
-    result = unlearn(model, images, labels, replace(SMALL, rounds=1, share=0.25))
+    result = unlearn(model, images, labels, replace(ADDITIVE, rounds=1, share=0.25))
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     x, y = images[order[:4]] / 255, labels[order[:4]]
     clean, hurt = (nn.functional.cross_entropy(model(x + d), y) for d in (0, result.deltas[0]))
     expected = (0.75 * clean + 0.25 * hurt).item()
     assert result.history[0]["held_out_objective"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_mending_learns_clean_images_at_the_end_of_the_cosine(model, images, labels):
+    rounds = []
+    settings = replace(SMALL, mending=5, K=0)
+    result = unlearn(model, images, labels, settings, on_round=lambda m, h: rounds.append(len(h)))
+    assert rounds == [1, 2, 3]
+    assert result.history[-1]["mending"] == 5 and "delta_norm" not in result.history[-1]
+    assert len(result.deltas) == 2
+    # without rounds to speak of, it is plain fine-tuning: the loss on the images it learns from falls
+    long = replace(settings, rounds=1, outer_steps=1, mending=60, lr=0.01, held_out=0.0)
+    mended = unlearn(model, images, labels, long)
+    assert len(mended.history) == 2
+    assert mended.history[-1]["outer_loss"] < mended.history[0]["outer_loss"]
+
+
+def test_mending_that_ruins_the_model_is_undone(trained, images, monkeypatch):
+    model, labels = trained
+    settings = replace(SMALL, mending=3, K=0)
+    unmended = unlearn(model, images, labels, replace(settings, mending=0, cosine=False)).model
+    real = unlearning._Run.mend
+
+    def ruin(run):
+        line = real(run)
+        run.model.scale.data.fill_(-1.0)
+        return line
+
+    monkeypatch.setattr(unlearning._Run, "mend", ruin)
+    result = unlearn(model, images, labels, replace(settings, cosine=False))
+    assert [line["round"] for line in result.history] == [1, 2]
+    assert same(result.model, unmended)
 
 
 def test_nothing_held_out_learns_from_every_image(model, images, labels):
@@ -437,7 +594,7 @@ def test_nothing_held_out_learns_from_every_image(model, images, labels):
 
 @pytest.mark.parametrize("how", HYPERGRADIENTS)
 def test_every_hypergradient_can_be_asked_for(model, images, labels, how):
-    settings = replace(SMALL, hypergradient=how, inner_steps=40, radius=1.0)
+    settings = replace(ADDITIVE, hypergradient=how, inner_steps=40, radius=1.0)
     result = unlearn(model, images, labels, settings)
     assert result.history[0]["implicit_over_direct"] > 0
 
@@ -465,7 +622,7 @@ def test_it_removes_a_real_backdoor():
     assert metrics.accuracy(victim, test.images, test.labels).value >= 0.85
     assert metrics.attack_success_rate(victim, test.images, test.labels, trigger, target, 10).value >= 0.95
 
-    settings = IBAUSettings(rounds=7, K=2, lr=2e-3, inner_images=30, batch_size=50, share=0.2)
+    settings = IBAUSettings.paper(rounds=7, K=2, lr=2e-3, inner_images=30, batch_size=50, share=0.2)
     result = unlearn(victim, splits.clean.images, splits.clean.labels, settings)
     assert metrics.accuracy(result.model, test.images, test.labels).value >= 0.85
     asr = metrics.attack_success_rate(result.model, test.images, test.labels, trigger, target, 10)
