@@ -32,10 +32,10 @@ from ibau.unlearning import IBAUSettings, InnerProblem, UnlearningError, unlearn
 FAST, PLAIN = "this package", "textbook"
 RECIPES = {  # what is timed until the backdoor is gone: settings, and whether hypergradients are textbook's
     "default": (IBAUSettings(), False),
-    "K = 5": (IBAUSettings(K=5), False),
+    "paper, K = 5": (IBAUSettings.paper(), False),
     "authors' recipe, textbook": (IBAUSettings.authors(rounds=5), True),
 }
-SERIES = IBAUSettings(hypergradient="neumann")  # K terms, converging or not: what the textbook sums as well
+SERIES = IBAUSettings.paper(hypergradient="neumann")  # K terms, converging or not: what the textbook sums as well
 GONE, LOST = 0.10, 0.02  # the backdoor is gone at this ASR, with ACC down by no more than that
 
 
@@ -140,7 +140,7 @@ def rounds(model: nn.Module, images: Tensor, labels: Tensor, *, repeats: int, st
     """Seconds of one whole round: the inner solve and `steps` outer steps."""
     rows = []
     for K in (0, 5):
-        settings = IBAUSettings(K=K, rounds=1, outer_steps=steps, held_out=0.0)
+        settings = IBAUSettings.paper(K, rounds=1, outer_steps=steps, held_out=0.0)
 
         def one(how: str, settings: IBAUSettings = settings) -> None:
             with nullcontext() if how == FAST else textbook():

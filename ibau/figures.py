@@ -1,6 +1,7 @@
 """Records and images -> axes and tables: `plot_x(ax, ...) -> ax` draws what it is given, trains nothing."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -18,6 +19,7 @@ from ibau import experiments
 from ibau.attacks import ALL_TO_ALL, Trigger
 from ibau.attacks.stealth import spectrum
 from ibau.metrics import Rate
+from ibau.unlearning import IBAUSettings
 
 PALETTE = sns.color_palette("colorblind")
 RIGHT, ATTACKED, MUTED = PALETTE[2], PALETTE[3], PALETTE[7]
@@ -196,6 +198,14 @@ def signed(image: Tensor) -> Tensor:
     return 0.5 + 0.5 * image / image.abs().max().clamp_min(1e-12)
 
 
+def as_picture(delta: Tensor) -> Tensor:
+    """What unlearning found, `(3, H, W)` or a mask and a picture `(4, H, W)`, as a picture `(3, H, W)`.
+
+    One that is added as `signed` shows it, one that replaces as it looks on mid-grey.
+    """
+    return signed(delta) if len(delta) == 3 else 0.5 + delta[:1] * (delta[1:] - 0.5)
+
+
 def plot_rounds(ax: Axes, record: dict, *, legend: bool = True) -> Axes:
     """ACC (solid) and ASR (dashed) after each round of one record, in percent; round 0 is before."""
     curve = record["curve"]
@@ -210,7 +220,7 @@ def plot_rounds(ax: Axes, record: dict, *, legend: bool = True) -> Axes:
 
 
 def results_table(records: list[dict]) -> pd.DataFrame:
-    """One row per setting, seeds together: ACC and ASR before and after, RA after, DER, all in percent.
+    """One row per setting of I-BAU, seeds together: ACC and ASR before and after, RA after, DER; in percent.
 
     Over several seeds a cell is mean ± standard deviation, for a single one the value with its 95% interval.
     """
@@ -223,6 +233,7 @@ def results_table(records: list[dict]) -> pd.DataFrame:
             "training images": victim["train_images"],
             "epochs": victim["training"]["epochs"],
             "clean images": about["clean_images"],
+            "perturbation": about["defence_settings"]["perturbation"],
             "K": about["defence_settings"]["K"],
         }
         groups.setdefault(tuple(setting.items()), []).append(record)
@@ -259,11 +270,63 @@ def _cell(rates: list[dict]) -> str:
     return f"{mean(values):.1f} ± {stdev(values):.1f}"
 
 
+def usual(records: list[dict]) -> list[dict]:
+    """The records of I-BAU at its default settings, against the STANDARD attacks at theirs."""
+    labels, settings = {"clean", *experiments.STANDARD}, asdict(IBAUSettings())
+    return [
+        record
+        for record in records
+        if record["settings"]["defence_settings"] == settings
+        and record["settings"]["victim"]["strength"] is None
+        and attack_label(record["settings"]["victim"]) in labels
+    ]
+
+
+# What is asked for: at most so many points of ACC lost, and so much ASR left, in percent.
+GOAL, SMALL_GOAL = (2, 10), {100: (5, 20)}  # in general, and with so many clean images
+CLEAN_GOAL = 1  # points of ACC that a clean model may lose
+
+
+def removal_table(records: list[dict]) -> pd.DataFrame:
+    """Change of ACC in points / ASR after in percent: a row an attack, a column a data set and clean set.
+
+    Means over seeds, whose number the column names where it is not 1. A * marks what misses its goal: ACC
+    down by at most 2 points and ASR at most 10% (with 100 clean images: 5 and 20), a clean model's ACC down
+    by at most 1 (5). Cells that were never run say so.
+    """
+    columns: dict[tuple, dict[str, list[dict]]] = {}
+    for record in usual(records):
+        about = record["settings"]
+        column = columns.setdefault((about["victim"]["dataset"], -about["clean_images"]), {})
+        column.setdefault(attack_label(about["victim"]), []).append(record)
+    labels = ("clean", *experiments.STANDARD)
+    return pd.DataFrame(
+        {
+            f"{dataset}, {-size:,} clean": [_removal(found.get(label, []), -size) for label in labels]
+            for (dataset, size), found in sorted(columns.items())
+        },
+        index=pd.Index(labels, name="ACC change / ASR after"),
+    )
+
+
+def _removal(same: list[dict], clean_images: int) -> str:
+    if not same:
+        return "not run"
+    change = 100 * mean(r["after"]["acc"]["value"] - r["before"]["acc"]["value"] for r in same)
+    lost, asr_goal = SMALL_GOAL.get(clean_images, GOAL)
+    seeds = f" (n = {len(same)})" if len(same) > 1 else ""
+    if same[0]["after"]["asr"] is None:
+        lost = max(CLEAN_GOAL, lost) if clean_images in SMALL_GOAL else CLEAN_GOAL
+        return f"{change:+.1f}{'*' * (round(change, 1) < -lost)}{seeds}"
+    asr = 100 * mean(r["after"]["asr"]["value"] for r in same)
+    missed = round(change, 1) < -lost or round(asr, 1) > asr_goal
+    return f"{change:+.1f} / {asr:.1f}{'*' * missed}{seeds}"
+
+
 def results_markdown(records: list[dict]) -> str:
-    """README.md's results: the columns a newcomer needs of `results_table`, as a Markdown table."""
-    columns = ["data set", "attack", "clean images", "K", "seeds"]
-    columns += ["ACC before", "ACC after", "ASR before", "ASR after"]
-    return _markdown(columns, results_table(records)[columns].astype(str).values.tolist())
+    """README.md's results: `removal_table` as a Markdown table."""
+    table = removal_table(records).reset_index()
+    return _markdown(list(table.columns), table.values.tolist())
 
 
 def victims_markdown(records: list[dict]) -> str:
@@ -500,7 +563,7 @@ def write_readme(readme: Path) -> None:
     """Put the tables of the recorded runs between README.md's marks."""
     text = readme.read_text(encoding="utf-8")
     for mark, table in (
-        ("results", results_markdown(experiments.recorded())),
+        ("results", results_markdown(experiments.recorded(defence="ibau"))),
         ("attacks", victims_markdown(experiments.recorded_victims())),
     ):
         block = re.compile(rf"(<!-- {mark}:.*?-->\n).*?(<!-- end of {mark} -->)", re.DOTALL)
@@ -509,15 +572,22 @@ def write_readme(readme: Path) -> None:
 
 
 def draw_rounds(records: list[dict], path: Path) -> None:
-    """ACC and ASR round by round, a panel a data set, all its runs in it; PNG and SVG."""
+    """ACC and ASR round by round, a panel a data set with all its attacks in it; PNG and SVG.
+
+    Of the records with most clean images in each data set; those of clean models are left out.
+    """
     style()
-    names = sorted({record["settings"]["victim"]["dataset"] for record in records})
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 2.6), sharey=True, squeeze=False)
-    for ax, name in zip(axes[0], names, strict=True):
-        same = [record for record in records if record["settings"]["victim"]["dataset"] == name]
-        for i, record in enumerate(same):
-            plot_rounds(ax, record, legend=i == 0)
-        ax.set_title(f"{name}, {len(same)} run{'s' * (len(same) > 1)}")
+    attacked = [record for record in records if record["after"]["asr"] is not None]
+    panels: dict[str, dict[int, list[dict]]] = {}
+    for record in attacked:
+        about = record["settings"]
+        panels.setdefault(about["victim"]["dataset"], {}).setdefault(about["clean_images"], []).append(record)
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.6), sharey=True, squeeze=False)
+    for i, (ax, (name, sizes)) in enumerate(zip(axes[0], sorted(panels.items()), strict=True)):
+        same = sizes[max(sizes)]
+        for j, record in enumerate(same):
+            plot_rounds(ax, record, legend=i == j == 0)
+        ax.set_title(f"{name}, {max(sizes):,} clean images, {len(same)} model{'s' * (len(same) > 1)}")
     mpl.rcParams["svg.hashsalt"] = "ibau"  # the same picture gives the same file
     figure.savefig(path.with_suffix(".png"), dpi=150)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
@@ -525,5 +595,5 @@ def draw_rounds(records: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw_rounds(experiments.recorded(), experiments.figures_dir() / "rounds")
+    draw_rounds(usual(experiments.recorded(defence="ibau")), experiments.figures_dir() / "rounds")
     write_readme(experiments.figures_dir().parent / "README.md")

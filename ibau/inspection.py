@@ -16,7 +16,7 @@ from ibau.models import device_of
 from ibau.training import autocast, to_float
 
 SUSPICIOUS = 3.5  # an index above it: the usual cut for modified z-scores (Iglewicz and Hoaglin 1993)
-SPREAD = 0.15  # the least spread of log norms: classes of a clean model differ by as much
+SPREAD = 0.25  # the least spread of log norms, so that a suspicious class is easier by at least a factor 2.4
 
 
 @dataclass(frozen=True)

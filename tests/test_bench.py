@@ -13,7 +13,7 @@ from ibau.unlearning import IBAUSettings
 def test_both_steps_are_the_same_step(precision):
     random = bench._random(0.125, 20)
     weights = [w.clone() for w in random[0].parameters()]
-    settings = IBAUSettings(K=3, tol=0.0, precision=precision)
+    settings = IBAUSettings.paper(3, tol=0.0, precision=precision)
     fast, plain = (bench.stepper(*random, settings, how)() for how in (bench.FAST, bench.PLAIN))
     assert bench._difference(fast, plain) < 1e-3
     assert all(torch.equal(a, b) for a, b in zip(weights, random[0].parameters(), strict=True))

@@ -34,7 +34,7 @@ SMALL = {
     "fine_pruning": FinePruningSettings(tolerance=0.2, training=BRIEF),
     "nad": NADSettings(teacher_epochs=1, epochs=2, lr=0.01, batch_size=8, tolerance=1.0),
     "dp_sgd": DPSGDSettings(epochs=2, batch_size=10, noise=0.5, clip=1.0, chunk=4),
-    "ibau": IBAUSettings(rounds=2, outer_steps=2, batch_size=8, inner_steps=3, inner_images=6),
+    "ibau": IBAUSettings(rounds=2, outer_steps=2, mending=0, batch_size=8, inner_steps=3, inner_images=6),
 }
 TUNING = ["finetune", "fine_pruning", "nad", "dp_sgd", "ibau"]
 
@@ -435,3 +435,13 @@ def test_without_opacus_the_remedy_is_said(model, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "opacus", None)
     with pytest.raises(ModuleNotFoundError, match="pip install opacus"):
         DEFENCES["dp_sgd"](model, data, settings=SMALL["dp_sgd"])
+
+
+def test_a_frozen_model_and_a_caller_without_gradients_do_not_matter(model, data):
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    with torch.no_grad():
+        found = DEFENCES["finetune"](frozen, data, settings=SMALL["finetune"])
+    expected = DEFENCES["finetune"](model, data, settings=SMALL["finetune"])
+    for a, b in zip(found.model.parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not any(p.requires_grad for p in frozen.parameters())

@@ -26,7 +26,7 @@ TRAINING = TrainSettings(epochs=3, batch_size=16, precision="float32")
 SETTINGS = VictimSettings(
     dataset="tint", target=2, width=0.125, train_size=60, training=TRAINING, poison_ratio=0.3
 )
-DEFENCE = IBAUSettings(rounds=2, outer_steps=2, batch_size=10, inner_steps=2, inner_images=4, K=1)
+DEFENCE = IBAUSettings(rounds=2, outer_steps=2, mending=0, batch_size=10, inner_steps=2, inner_images=4, K=1)
 
 
 def tint(seed, n):

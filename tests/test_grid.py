@@ -30,7 +30,7 @@ from ibau.unlearning import IBAUSettings
 TRAINING = TrainSettings(epochs=2, batch_size=10, precision="float32")
 VICTIM = VictimSettings("folder", target=2, poison_ratio=0.3, width=0.125, training=TRAINING)
 FINETUNE = FinetuneSettings(training=replace(TRAINING, epochs=1))
-UNLEARN = IBAUSettings(rounds=2, outer_steps=2, batch_size=10, inner_steps=2, inner_images=4)
+UNLEARN = IBAUSettings(rounds=2, outer_steps=2, mending=0, batch_size=10, inner_steps=2, inner_images=4)
 CELLS = [
     Cell(victim, defence, settings, clean_size=20)
     for victim in (VICTIM, replace(VICTIM, attack="blend"), replace(VICTIM, attack="none", target=0))

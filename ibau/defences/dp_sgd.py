@@ -19,7 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from ibau.datasets import ImageSet
-from ibau.defences.finetune import check_labels
 from ibau.defences.protocol import Defended
 from ibau.models import device_of
 from ibau.training import AUGMENTS, TrainingError, augmented, to_float
@@ -79,7 +78,6 @@ def dp_sgd(
     """
     if settings.batch_size > len(data):
         raise ValueError(f"batch_size is {settings.batch_size}; there are {len(data)} images")
-    check_labels(model, data)
     model = afresh(with_group_norm(model, settings.groups))
     optimizer = torch.optim.SGD(model.parameters(), settings.lr, settings.momentum)
     if settings.clip < math.inf:

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ibau import metrics
 from ibau.datasets import ImageSet
 from ibau.defences.protocol import Defended, hold_out
-from ibau.models import device_of
-from ibau.training import TrainSettings, to_float, train
+from ibau.training import TrainSettings, train
 
 
 @dataclass(frozen=True)
@@ -50,23 +48,12 @@ def finetune(
 def clean_split(model: nn.Module, data: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
     """The clean images to learn from and those to watch, see `hold_out`.
 
-    Raises ValueError for labels that the model, in eval mode, has no class for, and where fewer than two
-    images are left to learn from, which BatchNorm cannot do with.
+    Raises ValueError where fewer than two images are left to learn from, which BatchNorm cannot do with.
     """
-    check_labels(model, data)
     learnt, watched = hold_out(data, share, seed)
     if len(learnt) < 2:
         raise ValueError(f"{len(learnt)} of {len(data)} clean images is left to learn from; needs at least 2")
     return learnt, watched
-
-
-@torch.no_grad()
-def check_labels(model: nn.Module, data: ImageSet) -> None:
-    """Raise ValueError for labels that `model`, in eval mode, has no class for."""
-    classes = model(to_float(data.images[:1]).to(device_of(model), copy=True)).shape[1]
-    low, high = int(data.labels.min()), int(data.labels.max())
-    if low < 0 or high >= classes:
-        raise ValueError(f"labels go from {low} to {high}; the model has {classes} classes")
 
 
 def held_out_accuracy(model: nn.Module, watched: ImageSet) -> float:

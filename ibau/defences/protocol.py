@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ibau.datasets import ImageSet
+from ibau.models import device_of
+from ibau.training import to_float
 
 STATM = Path("/proc/self/statm")  # Linux: sizes of this process in pages, the second is the resident one
 
@@ -61,7 +63,8 @@ class Defence:
         """Defend a copy of `model` with `data`, the set this defence `sees` (None where it sees nothing).
 
         Random numbers come from `seed` alone, and the caller's generators are left as they were. Raises
-        ValueError for data this defence may not see or cannot do without, and settings of another defence.
+        ValueError for data this defence may not see or cannot do without, labels the model has no class for,
+        and settings of another defence.
         """
         if (data is None) != (self.sees == "nothing"):
             raise ValueError(f"{self.label} sees {self.sees}; it was given {_what(data)}")
@@ -70,9 +73,11 @@ class Defence:
             wanted = self.settings.__name__
             raise ValueError(f"{self.label} takes settings of type {wanted}, not {type(settings).__name__}")
         started = time.perf_counter()
-        with torch.random.fork_rng(), PeakMemory() as peak:
+        with torch.random.fork_rng(), torch.enable_grad(), PeakMemory() as peak:
             torch.manual_seed(seed)
-            model = copy.deepcopy(model).eval()
+            model = copy.deepcopy(model).eval().requires_grad_()
+            if data is not None:
+                check_labels(model, data)
             found = self.function(model, data, settings=settings, seed=seed, progress=progress, **watch)
         seconds = time.perf_counter() - started
         return Defended(found.model, found.history, found.evidence, found.tensors, seconds, peak.mb)
@@ -80,6 +85,15 @@ class Defence:
 
 def _what(data: ImageSet | None) -> str:
     return "no data" if data is None else f"{len(data)} images"
+
+
+@torch.no_grad()
+def check_labels(model: nn.Module, data: ImageSet) -> None:
+    """Raise ValueError for labels that `model`, in eval mode, has no class for."""
+    classes = model(to_float(data.images[:1]).to(device_of(model), copy=True)).shape[1]
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels go from {low} to {high}; the model has {classes} classes")
 
 
 def hold_out(data: ImageSet, share: float, seed: int, *, most: int = 500) -> tuple[ImageSet, ImageSet]:
