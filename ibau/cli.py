@@ -92,7 +92,6 @@ CLEAN = {  # parameters of notebook 13, in order -> what they are; the first thr
     "out": "the cleaned model; default <name>.cleaned<suffix> beside the checkpoint; never the checkpoint",
     "held_out": "share of the clean images that is kept for the comparison (default 0.3)",
     "rounds": "of unlearning, at most; default: those of ibau.IBAUSettings",
-    "radius": "l2 ball of what is unlearned; default: that of ibau.IBAUSettings, scaled to the image size",
     "seed": "of everything drawn at random (default 0)",
 }
 CLEAN_PATHS = ("checkpoint", "clean_dir", "triggered_dir", "out")

@@ -1,7 +1,9 @@
 """Records and images -> axes and tables: `plot_x(ax, ...) -> ax` draws what it is given, trains nothing."""
 
+import json
 import re
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -15,9 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from ibau import experiments
+from ibau import experiments, grid
 from ibau.attacks import ALL_TO_ALL, Trigger
 from ibau.attacks.stealth import spectrum
+from ibau.datasets import CLEAN_SIZE
+from ibau.defences import DEFENCES
+from ibau.defences.reverse import POLICIES
 from ibau.metrics import Rate
 from ibau.unlearning import IBAUSettings
 
@@ -592,6 +597,125 @@ def draw_rounds(records: list[dict], path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=150)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
+
+
+# ---- defences
+
+
+def plot_classes(axes, found: Tensor, classes: list[dict]):
+    """What was reversed for each class, one an axis, the smallest first, with the class and its anomaly index.
+
+    `found` (classes, 3 or 4, H, W) is shown by `as_picture`; `classes` are the lines of the evidence. They are
+    sorted by their score, or norm where they have none; those that were flagged are framed. Of more classes
+    than axes the smallest are shown, and axes without a class stay empty.
+    """
+    order = sorted(classes, key=lambda line: line.get("score", line["norm"]))
+    for ax, line in zip(axes, order, strict=False):
+        title = f"{line['class']}: {line['anomaly_index']:.1f}"
+        plot_image(ax, as_picture(found[line["class"]]), title, ATTACKED if line["flagged"] else None)
+    for ax in axes[len(order) :]:
+        ax.set_axis_off()
+    return axes
+
+
+def plot_pruning(ax: Axes, evidence: dict) -> Axes:
+    """Held-out accuracy in percent by the number of channels cut off; dashed: the least that was allowed.
+
+    The dot is where pruning stopped.
+    """
+    curve, stop = evidence["curve"], evidence["pruned"]
+    accuracy = [100 * point["held_out_acc"] for point in curve]
+    ax.plot([point["pruned"] for point in curve], accuracy)
+    ax.plot([stop], [accuracy[stop]], "o", color="black")
+    least = 100 * (evidence["held_out_acc_before"] - evidence["tolerance"])
+    ax.axhline(least, color=MUTED, linestyle="--", linewidth=1)
+    ax.set(xlabel=f"channels cut off, of {evidence['channels']}", ylabel="held-out ACC, %")
+    ax.set_xlim(0, evidence["channels"])
+    return ax
+
+
+def plot_attention(axes, maps: dict[str, Tensor]):
+    """Where a network looks: attention maps `(h, w)` by their titles, one an axis; bright is much."""
+    for ax, (title, attention) in zip(axes, maps.items(), strict=True):
+        ax.imshow(attention.numpy(), cmap="magma", vmin=0, interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(title, fontsize="small")
+    return axes
+
+
+def by_defence(cells: Iterable[grid.Cell], records: list[dict]) -> dict[str, list[dict]]:
+    """The records of these cells by their defence's label; an empty list where there is none.
+
+    They are told by their settings, so that no data are needed. A defence with a policy for the case that no
+    class is flagged has two labels, "<label>, leave" and "<label>, smallest"; where one was flagged, the
+    policies coincide, and either's record is of both.
+    """
+    found: dict[str, list[dict]] = {}
+    for cell in cells:
+        if cell.defence == grid.NONE:
+            continue
+        label = DEFENCES[cell.defence].label
+        if not hasattr(cell.settings, "unflagged"):
+            found.setdefault(label, []).extend(r for r in records if _is_of(r, cell))
+            continue
+        either = {
+            policy: [r for r in records if _is_of(r, replace(cell, settings=settings))]
+            for policy in POLICIES
+            for settings in [replace(cell.settings, unflagged=policy)]
+        }
+        same = [r for those in either.values() for r in those if _flagged_any(r)][:1]
+        for policy, those in either.items():
+            found.setdefault(f"{label}, {policy}", []).extend(same or those)
+    return found
+
+
+def _flagged_any(record: dict) -> bool:
+    return any(line["flagged"] for line in record["evidence"]["classes"])
+
+
+def _is_of(record: dict, cell: grid.Cell) -> bool:
+    """Was this record made from the cell's settings, whatever the data's fingerprint?"""
+    about, wanted = record["settings"], json.loads(json.dumps(asdict(cell)))
+    sees = DEFENCES[cell.defence].sees
+    images = (cell.clean_size or CLEAN_SIZE[cell.victim.dataset]) if sees == "clean" else 0
+    return (
+        wanted["victim"].items() <= about["victim"].items()
+        and (about["defence"], about["seed"]) == (cell.defence, cell.seed)
+        and about["defence_settings"] == wanted["settings"]
+        and about["clean_images"] == images
+    )
+
+
+def defences_table(found: dict[str, list[dict]]) -> pd.DataFrame:
+    """A row per label of `found`, its records' seeds together, after one for the models before any defence.
+
+    ACC, ASR and RA in percent (see `results_table`), seconds, these over I-BAU's, and the largest memory the
+    process took. A label without records has "not run" in its row; a clean model no ASR and RA.
+    """
+    models = {experiments.key(r["settings"]["victim"]): r["before"] for same in found.values() for r in same}
+    rows = {"undefended": _measured_cells(list(models.values()))}
+    own = [record["seconds"] for record in found.get(DEFENCES["ibau"].label, [])]
+    for label, same in found.items():
+        rows[label] = _measured_cells([record["after"] for record in same])
+        if same:
+            seconds = [record["seconds"] for record in same]
+            memory = [record["peak_memory_mb"] for record in same if record["peak_memory_mb"]]
+            spread = f" ± {stdev(seconds):.0f}" if len(seconds) > 1 else ""
+            rows[label] |= {
+                "seconds": f"{mean(seconds):.0f}{spread}",
+                "× I-BAU": f"{mean(seconds) / mean(own):.1f}" if own else "",
+                "peak, MB": f"{max(memory):.0f}" if memory else "",
+            }
+    columns = ["ACC", "ASR", "RA", "seconds", "× I-BAU", "peak, MB"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["seeds", *columns]).fillna("")
+
+
+def _measured_cells(measured: list[dict]) -> dict[str, str]:
+    if not measured:
+        return {"seeds": "", "ACC": "not run"}
+    rates = {name.upper(): [m[name] for m in measured] for name in ("acc", "asr", "ra")}
+    cells = {name: "" if same[0] is None else _cell(same) for name, same in rates.items()}
+    return {"seeds": str(len(measured)), **cells}
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 A round first solves the inner problem for the weights at hand: which single perturbation, put on every
 image, hurts most? Then a few outer steps on the clean set follow the implicit hypergradient.
 
-The paper's perturbation is added: x + delta, |delta|_2 <= C. The default one *replaces*, as most triggers
-do: delta = (m, p), a mask and a picture, turns x into (1 - m) x + m p, the form Neural Cleanse gives to
-triggers; m and p lie in [0, 1], and sum(m) <= A pixels. See `IBAUSettings`.
+The paper's perturbation is added: x + delta, |delta|_2 <= C. Most triggers *replace*: delta = (m, p), a mask
+and a picture, turns x into (1 - m) x + m p, the form Neural Cleanse gives to triggers; m and p lie in [0, 1],
+and sum(m) <= A pixels. The default takes the two in turn, see `IBAUSettings`.
 """
 
 import copy
@@ -29,7 +29,7 @@ from ibau.layers import cheapen, reduced, restore
 from ibau.models import device_of
 from ibau.training import PRECISIONS, autocast, native_bfloat16, to_float
 
-PERTURBATIONS = ("replacing", "additive")
+PERTURBATIONS = ("in turn", "replacing", "additive")
 HYPERGRADIENTS = ("fixed_point", "cg", "unrolled", "neumann")
 COLLAPSE = 0.5  # held-out accuracy below this share of what it was: the round is undone
 ROLLBACKS = 3  # and tried again at half the rate, this often in a row
@@ -49,9 +49,10 @@ class UnlearningWarning(UserWarning):
 class IBAUSettings:
     """How to unlearn.
 
-    The default looks for perturbations that replace some pixels, of another number of pixels each round, and
-    leaves the implicit term out. `IBAUSettings.paper()` is the paper's algorithm, an additive delta and five
-    terms of the series; `IBAUSettings.authors()` the authors' script. Notebook 04 compares the first two.
+    The default looks in turn, round by round, for a perturbation to add and for one that replaces pixels, of
+    another number each time, and leaves the implicit term out. `IBAUSettings.paper()` is the paper's
+    algorithm, an additive delta and five terms of the series; `IBAUSettings.authors()` the authors' script.
+    Notebook 04 compares them.
 
     With an additive delta, radius and share go together: delta is far larger than any trigger that could hide
     (a white 4x4 square on mid-grey has l2 norm 3.5), so that whatever a trigger excites is within its reach,
@@ -61,12 +62,12 @@ class IBAUSettings:
 
     rounds: int = 16  # inner solves, at most: see patience
     outer_steps: int = 10  # after each of them; 0: a pass over the clean set
-    mending: int = 40  # outer steps after the last round, on clean images alone: they bring accuracy back
+    mending: int = 80  # outer steps after the last round, on clean images alone: they bring accuracy back
     batch_size: int = 100  # clean images of an outer step
-    share: float = 0.03  # share of these that carries delta
+    share: float = 0.02  # share of these that carries delta
     lr: float = 5e-4  # of the outer Adam
     cosine: bool = True  # the rate falls to 0 along a cosine
-    perturbation: str = "replacing"  # or "additive"
+    perturbation: str = "in turn"  # additive and replacing by turns, beginning with the former; or one alone
     least_area: float = 0.008  # A, as a share of the image, is drawn each round between this ...
     most_area: float = 0.31  # ... and this, even on a logarithmic scale; 8 to 320 of 32x32 pixels
     radius: float = 10.0  # C: the l2 ball an additive delta may not leave; pixels in [0, 1]; inf: no bound
@@ -90,7 +91,7 @@ class IBAUSettings:
 
         `other` settings as usual. K = 0 leaves the implicit term out.
         """
-        paper = {"rounds": 20, "mending": 0, "perturbation": "additive", "share": 0.02, "K": K}
+        paper = {"rounds": 20, "mending": 0, "perturbation": "additive", "K": K}
         return cls(**{**paper, **other})
 
     @classmethod
@@ -149,9 +150,9 @@ class IBAUSettings:
         if not additive and (self.inner_lr or self.penalty or self.hypergradient == "cg"):
             raise ValueError(
                 f"inner_lr is {self.inner_lr}, penalty {self.penalty}, hypergradient {self.hypergradient!r}; "
-                "0, 0 and not 'cg' go with a replacing perturbation, others need perturbation='additive'"
+                "0, 0 and not 'cg' go with replacing perturbations, others need perturbation='additive'"
             )
-        if additive and math.isinf(self.radius) and not self.inner_lr:
+        if self.perturbation != "replacing" and math.isinf(self.radius) and not self.inner_lr:
             raise ValueError("radius is inf; normalised ascent needs a finite one, or set inner_lr")
         if self.hypergradient == "cg" and (math.isinf(self.radius) or self.penalty):
             raise ValueError("hypergradient 'cg' needs a finite radius and no penalty")
@@ -179,13 +180,13 @@ class Unlearned:
              held_out_objective (what the outer steps minimise, for the weights the round began with and the
              delta it found) and held_out_acc (after the round). The mending at the end has a line of its
              own, with the number of its steps as "mending"
-    deltas   (rounds, C, H, W): the perturbation each round found; replacing: (rounds, 1 + C, H, W)
+    deltas   the perturbation each round found, (C, H, W) or, where it replaces, (1 + C, H, W)
     stopped  why it ended: "rounds", or "patience"
     """
 
     model: nn.Module
     history: list[dict]
-    deltas: Tensor
+    deltas: list[Tensor]
     stopped: str
 
 
@@ -355,7 +356,7 @@ def unlearn(
                 on_round(cleaned, history)
     restore(cleaned).to(memory_format=torch.contiguous_format)
     _warn_if_lost(before, accuracy, len(watched[0]))
-    return Unlearned(cleaned, history, torch.stack(deltas), stopped)
+    return Unlearned(cleaned, history, deltas, stopped)
 
 
 class _Run:
@@ -369,16 +370,16 @@ class _Run:
         a_pass = math.ceil(len(images) / settings.batch_size)
         self.outer_steps = settings.outer_steps or a_pass
         self.inner_steps = settings.inner_steps or a_pass
-        self.rate, self.taken, self.delta = settings.lr, 0, None
+        self.rate, self.taken, self.deltas = settings.lr, 0, {}
 
     def state(self) -> tuple:
         return copy.deepcopy(
-            (self.model.state_dict(), self.optimizer.state_dict(), self.rate, self.taken, self.delta)
+            (self.model.state_dict(), self.optimizer.state_dict(), self.rate, self.taken, self.deltas)
         )
 
     def restart(self, state: tuple) -> None:
         """Go back to `state`, at half the rate."""
-        weights, optimizer, _, self.taken, self.delta = state
+        weights, optimizer, _, self.taken, self.deltas = state
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(optimizer)
         self.rate /= 2
@@ -390,11 +391,12 @@ class _Run:
         sample = sample.to(self.images.device)
         area = self._area()
         inner = InnerProblem(self.model, self.images[sample], self.labels[sample], self.settings, area)
-        found = inner.solve(self.generator, start=self.delta, steps=self.inner_steps, batches=self._pool())
+        start = self.deltas.get(area is None)
+        found = inner.solve(self.generator, start=start, steps=self.inner_steps, batches=self._pool())
         if not math.isfinite(found.loss):
             raise UnlearningError(f"the inner loss became {found.loss}")
         if self.settings.persistent:
-            self.delta = found.delta
+            self.deltas[area is None] = found.delta
         inner_seconds = time.perf_counter() - started
         steps = []
         for _ in range(self.outer_steps):
@@ -455,7 +457,8 @@ class _Run:
 
     def _area(self) -> float | None:
         """The pixels a replacing perturbation of this round may cover; None for an additive one."""
-        if self.settings.perturbation == "additive":
+        in_turn = self.settings.perturbation == "in turn"
+        if self.settings.perturbation == "additive" or in_turn and self.taken // self.outer_steps % 2 == 0:
             return None
         least, most = self.settings.least_area, self.settings.most_area
         share = least * (most / least) ** torch.rand(1, generator=self.generator).item()

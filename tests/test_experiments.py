@@ -395,9 +395,12 @@ def test_the_record_is_about_the_model_beside_it(splits, untrained):
     assert record["before"] == attacked.record["measured"]
     assert record["curve"][0]["acc"] == record["before"]["acc"]  # fewer than 1,000 test images: the same
     assert record["curve"][-1]["asr"] == record["after"]["asr"]
-    deltas = load_file(experiments.kept(record, ".tensors"))["deltas"]
-    assert deltas.shape == (2, 3, 32, 32)
-    assert deltas.flatten(1).norm(dim=1).max() <= DEFENCE.radius * (1 + 1e-5)
+    deltas = load_file(experiments.kept(record, ".tensors"))
+    assert {name: tuple(d.shape) for name, d in deltas.items()} == {
+        "delta 1": (3, 32, 32),
+        "delta 2": (4, 32, 32),
+    }
+    assert deltas["delta 1"].norm() <= DEFENCE.radius * (1 + 1e-5)
 
 
 def test_every_change_makes_another_record(splits, runs):

@@ -32,6 +32,7 @@ from ibau.unlearning import (
 )
 
 SMALL = IBAUSettings(rounds=2, outer_steps=3, mending=0, batch_size=8, inner_steps=5, inner_images=6, K=2)
+REPLACING = replace(SMALL, perturbation="replacing")
 ADDITIVE = replace(SMALL, perturbation="additive")
 HISTORY = {
     "round",
@@ -133,7 +134,7 @@ def test_the_same_seed_gives_the_same_result_whatever_the_global_generator(model
     again = unlearn(model, images, labels, SMALL, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     assert same(first.model, again.model)
-    assert torch.equal(first.deltas, again.deltas)
+    assert all(map(torch.equal, first.deltas, again.deltas))
     assert not same(first.model, unlearn(model, images, labels, SMALL, seed=4).model)
 
 
@@ -146,10 +147,11 @@ def test_the_history_has_a_line_a_round(model, images, labels):
     rounds = []
     result = unlearn(model, images, labels, SMALL, on_round=lambda m, h: rounds.append((m, len(h))))
     assert [line["round"] for line in result.history] == [1, 2]
-    assert all(set(line) == HISTORY | {"area"} for line in result.history)
+    assert [set(line) - HISTORY for line in result.history] == [set(), {"area"}]
+    assert all(set(line) >= HISTORY for line in result.history)
     assert all(math.isfinite(value) for line in result.history for value in line.values())
     assert rounds == [(result.model, 1), (result.model, 2)]
-    assert result.deltas.shape == (2, 4, 8, 8)
+    assert [d.shape for d in result.deltas] == [(3, 8, 8), (4, 8, 8)]
 
 
 @pytest.mark.parametrize("radius", [0.01, 1.0, 10.0])
@@ -186,9 +188,13 @@ def test_without_k_the_implicit_term_is_left_out(model, images, labels):
 )
 def test_any_classifier_of_images_will_do(channels, size, classes, n):
     images = torch.rand(n, channels, *size)
-    for settings, maps in ((SMALL, 1 + channels), (ADDITIVE, channels)):
+    for settings, maps in (
+        (SMALL, (channels, 1 + channels)),
+        (REPLACING, (1 + channels, 1 + channels)),
+        (ADDITIVE, (channels, channels)),
+    ):
         result = unlearn(network(channels, classes), images, torch.arange(n) % classes, settings)
-        assert result.deltas.shape == (2, maps, *size)
+        assert [d.shape for d in result.deltas] == [(m, *size) for m in maps]
         assert result.model(images).shape == (n, classes)
 
 
@@ -335,7 +341,7 @@ def test_the_ascent_finds_the_pixels_that_matter():
 
 
 def test_each_round_has_its_area_and_keeps_to_it(model, images, labels):
-    settings = replace(SMALL, rounds=6, K=0, least_area=0.05, most_area=0.5)
+    settings = replace(REPLACING, rounds=6, K=0, least_area=0.05, most_area=0.5)
     result = unlearn(model, images, labels, settings)
     areas = [line["area"] for line in result.history]
     assert len(set(areas)) == 6
@@ -347,7 +353,7 @@ def test_the_implicit_term_of_a_replacing_perturbation_follows_the_inner_solutio
     """Unrolled differentiation of Phi's own steps against finite differences in the weights."""
     model = model.double()
     images = images.double() / 255
-    inner = InnerProblem(model, images, labels, replace(SMALL, phi_step=5.0), area=9.0)
+    inner = InnerProblem(model, images, labels, replace(REPLACING, phi_step=5.0), area=9.0)
     start = project_replacing(some_delta(3, size=8, spread=0.4), 9.0)
 
     def outer(delta, params):
@@ -433,8 +439,8 @@ def test_a_model_that_is_no_classifier_is_refused(images, labels, output, messag
             {"perturbation": "additive", "hypergradient": "cg", "penalty": 0.1},
             "'cg' needs a finite radius and no penalty",
         ),
-        ({"perturbation": "magic"}, "perturbation is 'magic'; valid: replacing, additive"),
-        ({"hypergradient": "cg"}, "hypergradient 'cg'; 0, 0 and not 'cg' go with a replacing perturbation"),
+        ({"perturbation": "magic"}, "perturbation is 'magic'; valid: in turn, replacing, additive"),
+        ({"hypergradient": "cg"}, "hypergradient 'cg'; 0, 0 and not 'cg' go with replacing perturbations"),
         ({"inner_lr": 1.0}, "inner_lr is 1.0, .* others need perturbation='additive'"),
         ({"least_area": 0.5}, "least_area is 0.5 and most_area 0.31"),
         ({"most_area": 1.5}, "most_area 1.5"),

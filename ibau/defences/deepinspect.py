@@ -10,12 +10,13 @@
    the median absolute deviation of the half below the median.
 4. The model is fine-tuned on inverted images, some of which carry G's perturbations, under their own labels.
 
-How sure this is: the steps, and the conditional generator with its negative log-likelihood and its norm,
-were read in a public port (TrojanZoo) and in summaries of the paper; that the inspected model is the
+How sure this is: the steps, and the conditional generator with its negative log-likelihood and its norm, were
+read in a public port (TrojanZoo) and in summaries of the paper; that the inspected model is the
 discriminator, the hinge, and the success of 95% wanted are recalled and were not read there. Sizes of
-networks and numbers of steps are ours. Approximate on purpose: gamma2 is one number a class and follows its success,
-as lambda does in Neural Cleanse; inversion has a smoothness prior and no other; patching keeps BatchNorm's
-statistics, since those of inverted images would ruin them. Nothing is tuned on held-out data: there are none.
+networks and numbers of steps are ours. Approximate on purpose: gamma2 is one number a class and follows its
+success, as lambda does in Neural Cleanse; inversion has a smoothness prior and no other; patching keeps
+BatchNorm's statistics, since those of inverted images would ruin them. Nothing is tuned on held-out data:
+there are none.
 """
 
 import copy
@@ -302,7 +303,7 @@ def deepinspect(
 
     Evidence: `classes`, a dict a class (norm, anomaly_index, flagged, found); `decision` and `patched` say
     what was done about it; `inverted_acc`, the share of inverted images the model takes for their class.
-    Tensors: `perturbations` (classes, 3, H, W) in [-1, 1] and `inverted`, an image a class, of the same shape.
+    Tensors: `perturbations` (classes, 3, H, W) in [-1, 1] and `inverted`, an image a class.
     Raises ValueError where the model does not take images of this size.
     """
     device = device_of(model)

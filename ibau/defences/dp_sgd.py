@@ -58,6 +58,11 @@ class DPSGDSettings:
         """A budget of a minute, for the 3,000 training digits of mnist5k."""
         return cls(epochs=8, batch_size=50, lr=0.05, noise=0.3, clip=1.0, chunk=32)
 
+    @classmethod
+    def desk(cls) -> "DPSGDSettings":
+        """A budget of minutes on a CPU: one pass over the training set, 200 steps for CIFAR-10."""
+        return cls(epochs=1, batch_size=250, lr=0.05, noise=0.3, clip=1.0, chunk=32)
+
     def control(self) -> "DPSGDSettings":
         """The same training without clipping and noise: what GroupNorm and the budget do by themselves."""
         return replace(self, noise=0.0, clip=math.inf)

@@ -30,6 +30,11 @@ class FinePruningSettings:
         """A budget of seconds, for the digits of mnist5k."""
         return cls(training=TrainSettings(epochs=20, batch_size=32, augment="crop"))
 
+    @classmethod
+    def desk(cls) -> "FinePruningSettings":
+        """A budget of minutes on a CPU: fewer epochs of fine-tuning."""
+        return cls(training=TrainSettings(epochs=8, batch_size=64, augment="crop-flip"))
+
 
 def fine_pruning(
     model: nn.Module, data: ImageSet, *, settings: FinePruningSettings, seed: int = 0, progress: bool = False

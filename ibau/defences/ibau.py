@@ -16,7 +16,8 @@ def ibau(
     progress: bool = False,
     on_round=None,
 ) -> Defended:
-    """`unlearn` with the clean images; tensors: "deltas" (rounds, 3, H, W). `on_round` is as there."""
+    """`unlearn` with the clean images; tensors: "delta 1" to "delta <rounds>". `on_round` is as there."""
     found = unlearn(model, data.images, data.labels, settings, seed, progress=progress, on_round=on_round)
     evidence = {"rounds": len(found.history), "stopped": found.stopped}
-    return Defended(found.model, found.history, evidence, {"deltas": found.deltas})
+    deltas = {f"delta {i}": delta for i, delta in enumerate(found.deltas, start=1)}
+    return Defended(found.model, found.history, evidence, deltas)
