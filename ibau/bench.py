@@ -35,7 +35,9 @@ RECIPES = {  # what is timed until the backdoor is gone: settings, and whether h
     "paper, K = 5": (IBAUSettings.paper(), False),
     "authors' recipe, textbook": (IBAUSettings.authors(rounds=5), True),
 }
-SERIES = IBAUSettings.paper(hypergradient="neumann")  # K terms, converging or not: what the textbook sums as well
+SERIES = IBAUSettings.paper(
+    hypergradient="neumann"
+)  # K terms, converging or not: what the textbook sums as well
 GONE, LOST = 0.10, 0.02  # the backdoor is gone at this ASR, with ACC down by no more than that
 
 

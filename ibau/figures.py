@@ -603,10 +603,10 @@ def draw_rounds(records: list[dict], path: Path) -> None:
 
 
 def plot_classes(axes, found: Tensor, classes: list[dict]):
-    """What was reversed for each class, one an axis, the smallest first, with the class and its anomaly index.
+    """What was reversed for each class, one an axis, the smallest first: class and anomaly index above it.
 
-    `found` (classes, 3 or 4, H, W) is shown by `as_picture`; `classes` are the lines of the evidence. They are
-    sorted by their score, or norm where they have none; those that were flagged are framed. Of more classes
+    `found` (classes, 3 or 4, H, W) is shown by `as_picture`; `classes` are the lines of the evidence, sorted
+    here by their score, or norm where they have none. Those that were flagged are framed. Of more classes
     than axes the smallest are shown, and axes without a class stay empty.
     """
     order = sorted(classes, key=lambda line: line.get("score", line["norm"]))
@@ -647,41 +647,38 @@ def by_defence(cells: Iterable[grid.Cell], records: list[dict]) -> dict[str, lis
     """The records of these cells by their defence's label; an empty list where there is none.
 
     They are told by their settings, so that no data are needed. A defence with a policy for the case that no
-    class is flagged has two labels, "<label>, leave" and "<label>, smallest"; where one was flagged, the
-    policies coincide, and either's record is of both.
+    class is flagged has two labels, "<label>, leave" and "<label>, smallest". Where one is flagged the
+    policies coincide, and a record of either is one of both.
     """
     found: dict[str, list[dict]] = {}
     for cell in cells:
         if cell.defence == grid.NONE:
             continue
-        label = DEFENCES[cell.defence].label
-        if not hasattr(cell.settings, "unflagged"):
-            found.setdefault(label, []).extend(r for r in records if _is_of(r, cell))
-            continue
-        either = {
-            policy: [r for r in records if _is_of(r, replace(cell, settings=settings))]
-            for policy in POLICIES
-            for settings in [replace(cell.settings, unflagged=policy)]
-        }
-        same = [r for those in either.values() for r in those if _flagged_any(r)][:1]
-        for policy, those in either.items():
-            found.setdefault(f"{label}, {policy}", []).extend(same or those)
+        either = {DEFENCES[cell.defence].label: cell}
+        if hasattr(cell.settings, "unflagged"):
+            either = {
+                f"{label}, {policy}": replace(cell, settings=replace(cell.settings, unflagged=policy))
+                for label in either
+                for policy in POLICIES
+            }
+        for label, one in either.items():
+            found.setdefault(label, []).extend([r for r in records if _is_of(r, one)][:1])
     return found
 
 
-def _flagged_any(record: dict) -> bool:
-    return any(line["flagged"] for line in record["evidence"]["classes"])
-
-
 def _is_of(record: dict, cell: grid.Cell) -> bool:
-    """Was this record made from the cell's settings, whatever the data's fingerprint?"""
+    """Is this what the cell's settings lead to, whatever the data's fingerprint?"""
     about, wanted = record["settings"], json.loads(json.dumps(asdict(cell)))
+    if (about["defence"], about["seed"]) != (cell.defence, cell.seed):
+        return False
     sees = DEFENCES[cell.defence].sees
     images = (cell.clean_size or CLEAN_SIZE[cell.victim.dataset]) if sees == "clean" else 0
+    settings = dict(about["defence_settings"])
+    if "unflagged" in settings and any(line["flagged"] for line in record["evidence"]["classes"]):
+        settings["unflagged"] = cell.settings.unflagged
     return (
         wanted["victim"].items() <= about["victim"].items()
-        and (about["defence"], about["seed"]) == (cell.defence, cell.seed)
-        and about["defence_settings"] == wanted["settings"]
+        and settings == wanted["settings"]
         and about["clean_images"] == images
     )
 

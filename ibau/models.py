@@ -4,6 +4,7 @@ Every model maps images `(N, 3, H, W)` in [0, 1] to logits `(N, num_classes)`. A
 normalised inputs carries the normalisation as its first layer, so triggers always live in pixel space.
 """
 
+import copy
 import json
 import os
 import pickle
@@ -125,6 +126,23 @@ def build(architecture: str, num_classes: int, width: float = 1.0, seed: int = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MODELS[architecture](num_classes, width)
+
+
+@torch.no_grad()
+def takes_channels_last(model: nn.Module, images: Tensor) -> bool:
+    """Can `model` work on channels-last tensors, which is faster on CPUs and CUDA devices?
+
+    Not if it calls `view` on what a convolution returns. Tried on a copy, with two of `images`.
+    """
+    if images.device.type not in ("cpu", "cuda"):
+        return False
+    trial = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+    few = images[:2] / 255 if images.dtype == torch.uint8 else images[:2].clone()
+    try:
+        trial(few.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        return False
+    return True
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ibau.datasets import ImageSet
-from ibau.models import device_of
+from ibau.models import device_of, takes_channels_last
 
 AUGMENTS = ("none", "crop", "crop-flip")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -119,16 +119,16 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     run = {"settings": asdict(settings), "seed": seed, "images": len(data)}
     history = _resume(model, optimizer, checkpoint, run)
-    if device.type in ("cpu", "cuda"):
-        model.to(memory_format=torch.channels_last)
     images, labels = data.images.to(device), data.labels.to(device)
+    layout = torch.channels_last if takes_channels_last(model, images) else torch.contiguous_format
+    model.to(memory_format=layout)
     bar = tqdm(total=settings.epochs, initial=len(history), desc=progress, unit="epoch", disable=not progress)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), bar:
         for epoch in range(len(history), settings.epochs):
             # Seeding each epoch by itself makes a resumed run equal to an undisturbed one.
             torch.manual_seed(seed * 100_003 + epoch)
             started = time.perf_counter()
-            loss, accuracy = _epoch(model, optimizer, images, labels, epoch, settings)
+            loss, accuracy = _epoch(model, optimizer, images, labels, epoch, settings, layout)
             seconds = time.perf_counter() - started
             history.append({"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, "seconds": seconds})
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}")
@@ -141,7 +141,9 @@ def train(
     return history
 
 
-def _epoch(model, optimizer, images, labels, epoch: int, settings: TrainSettings) -> tuple[float, float]:
+def _epoch(
+    model, optimizer, images, labels, epoch: int, settings: TrainSettings, layout: torch.memory_format
+) -> tuple[float, float]:
     """One pass over the shuffled images; returns mean loss and accuracy."""
     model.train()
     device = images.device
@@ -157,7 +159,7 @@ def _epoch(model, optimizer, images, labels, epoch: int, settings: TrainSettings
                 epoch * len(batches) + index, settings.epochs * len(batches), settings
             )
         x = augmented(to_float(images[batch]), settings.augment)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=layout)
         y = labels[batch]
         with autocast(device, settings.precision):
             logits = model(x)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ibau import hypergradient as hg
 from ibau.hypergradient import Hypergradient, project_l2
 from ibau.layers import cheapen, reduced, restore
-from ibau.models import device_of
+from ibau.models import device_of, takes_channels_last
 from ibau.training import PRECISIONS, autocast, native_bfloat16, to_float
 
 PERTURBATIONS = ("in turn", "replacing", "additive")
@@ -306,7 +306,7 @@ def unlearn(
     cleaned = cheapen(copy.deepcopy(model).eval())
     for weight in cleaned.parameters():
         weight.requires_grad_()
-    if device.type in ("cpu", "cuda"):
+    if takes_channels_last(cleaned, images):
         cleaned.to(memory_format=torch.channels_last)
     run = _Run(cleaned, images, labels, settings, generator)
     accuracy = before = _accuracy(cleaned, *watched)
@@ -431,7 +431,7 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate_now()
             batch = next(self.batches).to(self.images.device)
-            images, labels = _channels_last(to_float(self.images[batch])), self.labels[batch]
+            images, labels = _arranged(to_float(self.images[batch]), self.model), self.labels[batch]
             with autocast(images.device, self.settings.precision):
                 logits = self.model(images.clone())
             loss = F.cross_entropy(logits.float(), labels)
@@ -570,7 +570,7 @@ class InnerProblem:
 
     def _ready(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images as floats, with the labels the inner objective takes."""
-        images = _channels_last(to_float(images))
+        images = _arranged(to_float(images), self.model)
         if self.settings.own_labels:
             with torch.no_grad():
                 labels = self.model(images.clone()).argmax(1)
@@ -582,7 +582,7 @@ def outer_step(
 ) -> Hypergradient:
     """One Adam step along the hypergradient of the batch's cross-entropy; `share` of it carries delta."""
     settings = inner.settings
-    images = _channels_last(to_float(images))
+    images = _arranged(to_float(images), inner.model)
     count = max(1, round(settings.share * len(images)))
     chosen = torch.randperm(len(images), generator=generator)[:count].to(images.device)
     carries = torch.zeros(len(images), 1, 1, 1, device=images.device).index_fill_(0, chosen, 1)
@@ -663,9 +663,11 @@ def _first_lowest(values: list[float]) -> int:
     return values.index(min(values)) if values else -1
 
 
-def _channels_last(images: Tensor) -> Tensor:
-    cpu_or_cuda = images.device.type in ("cpu", "cuda")
-    return images.contiguous(memory_format=torch.channels_last) if cpu_or_cuda else images
+def _arranged(images: Tensor, model: nn.Module) -> Tensor:
+    """The images in the memory format of the model's convolutions."""
+    kernels = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]
+    last = any(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    return images.contiguous(memory_format=torch.channels_last) if last else images
 
 
 def _batches(n: int, size: int, generator: torch.Generator):

@@ -1,16 +1,18 @@
 """Tables say what the records say, and the README says what the tables say."""
 
 import copy
+import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
 
-from ibau import experiments, figures
+from ibau import experiments, figures, grid
 from ibau.attacks import Trigger, badnets, blend
+from ibau.defences import DEFENCES
 from ibau.unlearning import IBAUSettings
 
 
@@ -344,3 +346,146 @@ def test_recorded_victims_make_tables():
     for found in figures.trained_alike(experiments.recorded_victims()).values():
         assert len(figures.victims_table(found, EXPECTED)) == 10
         assert set(figures.stealth_table(found).index) <= set(experiments.STANDARD)
+
+
+# ---- defences
+
+
+def lines_of(norms, flagged=()):
+    """The evidence's lines of classes with these norms."""
+    return [
+        {"class": t, "norm": norm, "anomaly_index": 10.0 + t, "flagged": t in flagged}
+        for t, norm in enumerate(norms)
+    ]
+
+
+def test_reversed_triggers_come_smallest_first_and_flagged_ones_framed(axes):
+    found = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    figures.plot_classes(axes, found, lines_of([5.0, 1.0, 9.0], flagged=[1]))
+    assert [ax.get_title() for ax in axes[:3]] == ["1: 11.0", "0: 10.0", "2: 12.0"]
+    framed = [ax.spines["left"].get_edgecolor()[:3] == figures.ATTACKED for ax in axes[:3]]
+    assert framed == [True, False, False]
+    assert not axes[3].axison  # there is no fourth class
+    m, p = found[1, :1], found[1, 1:]
+    assert torch.allclose(drawn(axes[0]), (m * p + (1 - m) * 0.5).permute(1, 2, 0))
+
+
+def test_classes_with_a_score_are_sorted_by_it(axes):
+    lines = [{**line, "score": -line["norm"]} for line in lines_of([1.0, 2.0])]
+    figures.plot_classes(axes[:2], torch.zeros(2, 3, 4, 4), lines)
+    assert [ax.get_title() for ax in axes[:2]] == ["1: 11.0", "0: 10.0"]
+
+
+def test_the_pruning_curve_shows_where_it_stopped_and_what_was_allowed(axes):
+    curve = [{"pruned": i, "held_out_acc": acc} for i, acc in enumerate((0.9, 0.88, 0.7))]
+    evidence = {"curve": curve, "pruned": 1, "channels": 8, "tolerance": 0.05, "held_out_acc_before": 0.9}
+    figures.plot_pruning(axes[0], evidence)
+    line, stop, least = axes[0].lines
+    assert line.get_ydata() == pytest.approx([90, 88, 70])
+    assert (stop.get_xdata(), stop.get_ydata()) == ([1], [88])
+    assert least.get_ydata()[0] == pytest.approx(85)
+
+
+def test_attention_is_drawn_with_zero_as_black(axes):
+    maps = {"before": torch.eye(4), "after": torch.full((2, 2), 0.5)}
+    figures.plot_attention(axes[:2], maps)
+    assert [ax.get_title() for ax in axes[:2]] == ["before", "after"]
+    assert torch.equal(drawn(axes[0]), torch.eye(4)) and axes[1].images[0].get_clim()[0] == 0
+
+
+def a_cell(name, seed=0, victim_seed=None, **settings):
+    settings = replace(grid.settings_for(name, "quick", "mnist5k"), **settings)
+    seeds = {"seed": seed if victim_seed is None else victim_seed}
+    attacked = experiments.standard_victims(experiments.PROFILES["quick"], **seeds)["BadNets"]
+    return grid.Cell(attacked, name, settings, 500, seed)
+
+
+def a_record(cell, seconds=10.0, acc=0.9, flagged=None, **measured):
+    """What `experiments.defence_record` writes for the cell."""
+    data = {"data": "its fingerprint", "split_seed": 0, "train_images": 3000}
+    about = {
+        "victim": {**asdict(cell.victim), **data},
+        "defence": cell.defence,
+        "defence_settings": asdict(cell.settings),
+        "clean_images": 500 if DEFENCES[cell.defence].sees == "clean" else 0,
+        "seed": cell.seed,
+    }
+    classes = {} if flagged is None else {"classes": lines_of([1.0, 2.0], flagged)}
+    record = {
+        "settings": about,
+        "before": {"acc": rate(0.98), "asr": rate(1.0), "ra": rate(0.0)},
+        "after": {"acc": rate(acc), "asr": rate(0.5), "ra": rate(0.4), **measured},
+        "seconds": seconds,
+        "peak_memory_mb": 100 * seconds,
+        "evidence": classes,
+    }
+    return json.loads(json.dumps(record))
+
+
+@pytest.mark.parametrize("name", ["finetune", "nad", "dp_sgd", "ibau"])
+def test_records_are_found_by_their_settings(name):
+    cell, label = a_cell(name), DEFENCES[name].label
+    wanted = a_record(cell)
+    others = [
+        a_record(a_cell(name, seed=1)),
+        a_record(a_cell(name, victim_seed=1)),
+        a_record(replace(cell, victim=replace(cell.victim, poison_ratio=0.1))),
+        a_record(a_cell("fine_pruning")),
+    ]
+    fewer = copy.deepcopy(wanted)
+    fewer["settings"]["clean_images"] = 100
+    changed = copy.deepcopy(wanted)
+    changed["settings"]["defence_settings"]["lr"] = 0.123
+    undefended = replace(cell, defence=grid.NONE, settings=None)
+    found = figures.by_defence([undefended, cell], [*others, fewer, changed, wanted])
+    assert list(found) == [label] and found[label] == [wanted]
+    assert figures.by_defence([cell], others) == {label: []}
+
+
+@pytest.mark.parametrize("name", ["nc", "tabor", "deepinspect"])
+def test_policies_coincide_only_where_a_class_was_flagged(name):
+    cell = a_cell(name)
+    leave, smallest = (f"{DEFENCES[name].label}, {policy}" for policy in ("leave", "smallest"))
+    flagged, not_flagged = a_record(cell, flagged=[1]), a_record(cell, flagged=[])
+    assert figures.by_defence([cell], [flagged]) == {leave: [flagged], smallest: [flagged]}
+    assert figures.by_defence([cell], [not_flagged]) == {leave: [not_flagged], smallest: []}
+    other = a_record(a_cell(name, unflagged="smallest"), flagged=[])
+    both = figures.by_defence([cell], [not_flagged, other])
+    assert both == {leave: [not_flagged], smallest: [other]}
+    twice = figures.by_defence([cell], [flagged, a_record(a_cell(name, unflagged="smallest"), flagged=[1])])
+    assert [len(same) for same in twice.values()] == [1, 1]
+
+
+def test_the_table_of_defences_compares_with_ibau_and_names_what_is_missing():
+    found = {
+        "NAD": [
+            a_record(a_cell("nad", seed), seconds, acc) for seed, seconds, acc in ((0, 30, 0.9), (1, 50, 0.8))
+        ],
+        "DP-SGD": [],
+        "I-BAU": [a_record(a_cell("ibau", seed), 20) for seed in (0, 1)],
+    }
+    table = figures.defences_table(found)
+    assert list(table.index) == ["undefended", "NAD", "DP-SGD", "I-BAU"]
+    assert table.loc["undefended", ["seeds", "ASR", "seconds"]].tolist() == ["2", "100.0 ± 0.0", ""]
+    assert table.loc["NAD"].tolist() == [
+        "2",
+        "85.0 ± 7.1",
+        "50.0 ± 0.0",
+        "40.0 ± 0.0",
+        "40 ± 14",
+        "2.0",
+        "5000",
+    ]
+    assert table.loc["DP-SGD"].tolist() == ["", "not run", "", "", "", "", ""]
+    assert table.loc["I-BAU", "× I-BAU"] == "1.0"
+    alone = figures.defences_table({"NAD": [a_record(a_cell("nad"), asr=None, ra=None)], "I-BAU": []})
+    assert alone.loc["NAD"].tolist() == ["1", "90.0 [89.0, 91.0]", "", "", "10", "", "1000"]
+    assert figures.defences_table({"NAD": []})["ACC"].tolist() == ["not run", "not run"]
+
+
+def test_recorded_defences_make_tables():
+    for profile, dataset in (("quick", "mnist5k"), ("desk", "cifar10"), ("desk", "gtsrb")):
+        cells = grid.choose(["single-target"], profile, dataset, 3, attacks=["badnets"])
+        found = figures.by_defence(cells, experiments.recorded())
+        assert len(figures.defences_table(found)) == 1 + len(DEFENCES) + 3
+        assert all(len(same) <= 3 for same in found.values())

@@ -102,11 +102,11 @@ def test_float_images_are_trained_on_as_uint8_ones_are(undisturbed):
 def test_an_interrupted_run_goes_on_to_the_same_weights(undisturbed, tmp_path, monkeypatch, finished):
     checkpoint, real, done = tmp_path / "sub" / "run.checkpoint", training._epoch, []
 
-    def interrupted(model, optimizer, images, labels, epoch, settings):
+    def interrupted(model, optimizer, images, labels, epoch, *rest):
         if epoch == finished:
-            real(model, optimizer, images[:20], labels[:20], epoch, settings)  # half an epoch is lost
+            real(model, optimizer, images[:20], labels[:20], epoch, *rest)  # half an epoch is lost
             raise KeyboardInterrupt
-        return real(model, optimizer, images, labels, epoch, settings)
+        return real(model, optimizer, images, labels, epoch, *rest)
 
     def counted(*arguments):
         done.append(arguments[4])

@@ -15,7 +15,7 @@ import ibau
 from ibau import hypergradient as hg
 from ibau import metrics, models, unlearning
 from ibau.attacks import badnets, poison
-from ibau.datasets import load
+from ibau.datasets import ImageSet, load
 from ibau.training import TrainSettings, train
 from ibau.unlearning import (
     HYPERGRADIENTS,
@@ -196,6 +196,26 @@ def test_any_classifier_of_images_will_do(channels, size, classes, n):
         result = unlearn(network(channels, classes), images, torch.arange(n) % classes, settings)
         assert [d.shape for d in result.deltas] == [(m, *size) for m in maps]
         assert result.model(images).shape == (n, classes)
+
+
+class Views(nn.Module):
+    """Flattens by `view`, which refuses channels-last tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(144, 3)
+
+    def forward(self, images):
+        return self.head(torch.relu(self.norm(self.conv(images))).view(len(images), -1))
+
+
+def test_a_model_that_cannot_take_channels_last_will_do():
+    images, labels = torch.rand(9, 3, 8, 8), torch.arange(9) % 3
+    assert not models.takes_channels_last(Views(), images)
+    assert models.takes_channels_last(network(), images)
+    assert unlearn(Views(), images, labels, replace(SMALL, mending=1)).model(images).shape == (9, 3)
+    model = Views()
+    train(model, ImageSet(images, labels), TrainSettings(epochs=1, batch_size=4))
 
 
 def test_any_module_will_do():
