@@ -275,13 +275,13 @@ def _cell(rates: list[dict]) -> str:
     return f"{mean(values):.1f} ± {stdev(values):.1f}"
 
 
-def usual(records: list[dict]) -> list[dict]:
-    """The records of I-BAU at its default settings, against the STANDARD attacks at theirs."""
-    labels, settings = {"clean", *experiments.STANDARD}, asdict(IBAUSettings())
+def usual(records: list[dict], settings: IBAUSettings | None = None) -> list[dict]:
+    """The records of I-BAU at these settings (None: the default), against the STANDARD attacks at theirs."""
+    labels, wanted = {"clean", *experiments.STANDARD}, asdict(settings or IBAUSettings())
     return [
         record
         for record in records
-        if record["settings"]["defence_settings"] == settings
+        if record["settings"]["defence_settings"] == wanted
         and record["settings"]["victim"]["strength"] is None
         and attack_label(record["settings"]["victim"]) in labels
     ]
@@ -312,6 +312,22 @@ def removal_table(records: list[dict]) -> pd.DataFrame:
         },
         index=pd.Index(labels, name="ACC change / ASR after"),
     )
+
+
+def variants_table(records: list[dict], variants: dict[str, IBAUSettings]) -> pd.DataFrame:
+    """The cells of `removal_table` for settings that differ: a row an attack, a column a variant.
+
+    All records should be of one data set and clean set.
+    """
+    labels = ("clean", *experiments.STANDARD)
+    columns = {}
+    for name, settings in variants.items():
+        found: dict[str, list[dict]] = {}
+        for record in usual(records, settings):
+            found.setdefault(attack_label(record["settings"]["victim"]), []).append(record)
+        sizes = {r["settings"]["clean_images"] for same in found.values() for r in same} or {0}
+        columns[name] = [_removal(found.get(label, []), max(sizes)) for label in labels]
+    return pd.DataFrame(columns, index=pd.Index(labels, name="ACC change / ASR after"))
 
 
 def _removal(same: list[dict], clean_images: int) -> str:
@@ -582,7 +598,7 @@ def draw_rounds(records: list[dict], path: Path) -> None:
     Of the records with most clean images in each data set; those of clean models are left out.
     """
     style()
-    attacked = [record for record in records if record["after"]["asr"] is not None]
+    attacked = [record for record in records if record["curve"] and record["after"]["asr"] is not None]
     panels: dict[str, dict[int, list[dict]]] = {}
     for record in attacked:
         about = record["settings"]
