@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import json
 import os
 import pickle
 import resource
@@ -470,3 +471,31 @@ def test_what_the_notebook_refuses_is_one_sentence_too(tmp_path, photos, capsys)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "does not fit ResNet; missing: conv1.weight" in said[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_leaves_the_model_a_page_and_its_figures(tmp_path, capsys):
+    data = pictures(30, 32)
+    save_folder(data, tmp_path / "photos", CLASSES)
+    save_folder(pictures(9, 32, seed=1), tmp_path / "triggered", CLASSES)
+    (tmp_path / "photos" / "bee" / "broken.png").write_bytes(b"no picture")
+    path = tmp_path / "model.pth"
+    torch.save({"net": foreign.build("small_vgg?width=0.1", 3).state_dict()}, path)
+    original = path.read_bytes()
+    call = ["clean", "--checkpoint", str(path), "--architecture", "small_vgg?width=0.1", "--rounds", "1"]
+    call += ["--clean-dir", str(tmp_path / "photos"), "--triggered-dir", str(tmp_path / "triggered")]
+    assert cli.main([*call, "--target", "cat"]) == 0
+    assert "model.cleaned.pth" in capsys.readouterr().out
+    assert path.read_bytes() == original
+    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {
+        "model.pth",
+        "model.cleaned.pth",
+        "model.cleaned.ipynb",
+        "model.cleaned.html",
+        "model.cleaned.json",
+    }
+    foreign.load_model(tmp_path / "model.cleaned.pth", "small_vgg?width=0.1", 3, 32)
+    page = (tmp_path / "model.cleaned.html").read_text()
+    assert "skipped bee/broken.png" in page and "target: cat" in page
+    record = json.loads((tmp_path / "model.cleaned.json").read_text())
+    assert record["settings"]["skipped_images"] == 1 and record["settings"]["unlearning"]["rounds"] == 1
+    assert record["before"]["asr"]["n"] == 6 and len(record["after"]["norms"]) == 3
