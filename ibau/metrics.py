@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ibau.attacks import Trigger, target_labels
-from ibau.models import device_of
+from ibau.models import device_of, takes_channels_last
 from ibau.training import to_float
 
 
@@ -53,7 +53,13 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
     modes = [(module, module.training) for module in model.modules()]  # a part may be frozen in eval mode
     model.eval()
     device = device_of(model)
-    parts = [model(to_float(x.to(device))).argmax(1).cpu() for x in images.split(batch_size)]
+    layout = torch.contiguous_format
+    if len(images) and takes_channels_last(model, images[:2].to(device)):
+        layout = torch.channels_last
+    parts = [
+        model(to_float(x.to(device)).contiguous(memory_format=layout)).argmax(1).cpu()
+        for x in images.split(batch_size)
+    ]
     for module, training in modes:
         module.training = training
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

@@ -15,7 +15,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -54,23 +54,26 @@ class IBAUSettings:
     algorithm, an additive delta and five terms of the series; `IBAUSettings.authors()` the authors' script.
     Notebook 04 compares them.
 
-    With an additive delta, radius and share go together: delta is far larger than any trigger that could hide
-    (a white 4x4 square on mid-grey has l2 norm 3.5), so that whatever a trigger excites is within its reach,
-    and it is shown on few images, because no classifier stays accurate under it. 10 is the radius of the
-    authors' CIFAR-10 notebook, which shows delta on 1% of the images.
+    How large a trigger is nobody says, so each round draws how large a perturbation may be: small ones find
+    what a model obeys most readily, large ones reach what a faint or small one does not excite. An additive
+    delta is then mostly far larger than any trigger that could hide (a white 4x4 square on mid-grey has l2
+    norm 3.5; 10 is the radius of the authors' CIFAR-10 notebook), and shown on few images, because no
+    classifier stays accurate under it; one that replaces pixels leaves the rest of the image to be seen.
     """
 
     rounds: int = 16  # inner solves, at most: see patience
     outer_steps: int = 10  # after each of them; 0: a pass over the clean set
     mending: int = 80  # outer steps after the last round, on clean images alone: they bring accuracy back
     batch_size: int = 100  # clean images of an outer step
-    share: float = 0.02  # share of these that carries delta
+    share: float = 0.02  # share of these that carries an additive delta
+    replacing_share: float = 0.06  # and of a replacing one, which leaves more of the image to be seen
     lr: float = 5e-4  # of the outer Adam
     cosine: bool = True  # the rate falls to 0 along a cosine
     perturbation: str = "in turn"  # additive and replacing by turns, beginning with the former; or one alone
     least_area: float = 0.008  # A, as a share of the image, is drawn each round between this ...
     most_area: float = 0.31  # ... and this, even on a logarithmic scale; 8 to 320 of 32x32 pixels
-    radius: float = 10.0  # C: the l2 ball an additive delta may not leave; pixels in [0, 1]; inf: no bound
+    radius: float = 10.0  # C of an additive delta, l2, pixels in [0, 1], inf: no bound, is drawn alike ...
+    least_radius: float = 0.3  # ... between this share of radius and radius; 1: is radius
     inner_steps: int = 20  # ascent steps of an inner solve; 0: a pass over the clean set
     inner_images: int = 50  # clean images a round's inner problem is posed on
     inner_lr: float = 0.0  # 0: normalised ascent; else plain ascent at this rate, in batches (additive only)
@@ -91,7 +94,7 @@ class IBAUSettings:
 
         `other` settings as usual. K = 0 leaves the implicit term out.
         """
-        paper = {"rounds": 20, "mending": 0, "perturbation": "additive", "K": K}
+        paper = {"rounds": 20, "mending": 0, "perturbation": "additive", "least_radius": 1.0, "K": K}
         return cls(**{**paper, **other})
 
     @classmethod
@@ -111,6 +114,7 @@ class IBAUSettings:
             cosine=False,
             perturbation="additive",
             radius=math.inf,
+            least_radius=1.0,
             inner_steps=0,
             inner_images=100,
             inner_lr=10.0,
@@ -130,8 +134,9 @@ class IBAUSettings:
         for name in ("K", "tol", "outer_steps", "mending", "inner_steps", "inner_lr", "penalty"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share is {self.share}; it must lie in (0, 1]")
+        for name in ("share", "replacing_share", "least_radius"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in (0, 1]")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; it must lie in [0, 1)")
         if not 0 < self.least_area <= self.most_area <= 1:
@@ -389,8 +394,10 @@ class _Run:
         started = time.perf_counter()
         sample = torch.randperm(len(self.images), generator=self.generator)[: self.settings.inner_images]
         sample = sample.to(self.images.device)
-        area = self._area()
-        inner = InnerProblem(self.model, self.images[sample], self.labels[sample], self.settings, area)
+        area, settings = self._area(), self.settings
+        if area is None:
+            settings = replace(settings, radius=self._drawn(settings.least_radius, 1) * settings.radius)
+        inner = InnerProblem(self.model, self.images[sample], self.labels[sample], settings, area)
         start = self.deltas.get(area is None)
         found = inner.solve(self.generator, start=start, steps=self.inner_steps, batches=self._pool())
         if not math.isfinite(found.loss):
@@ -412,7 +419,7 @@ class _Run:
         line = {
             "inner_loss": found.loss,
             "delta_norm": found.delta.norm().item(),
-            **({} if area is None else {"area": area}),
+            **({"radius": settings.radius} if area is None else {"area": area}),
             "stationarity": found.stationarity,
             "outer_loss": _mean([s.loss for s in steps]),
             "implicit_over_direct": _mean([s.ratio for s in steps]),
@@ -446,7 +453,7 @@ class _Run:
     @torch.no_grad()
     def held_out_objective(self, weights: dict, delta: Tensor, images: Tensor, labels: Tensor) -> float:
         """The outer objective on held-out images, for these weights: share of it under delta."""
-        share, losses = self.settings.share, []
+        share, losses = _share(self.settings, delta, images), []
         named = {name: weights[name] for name, _ in self.model.named_parameters()}
         for x, y in zip(images.split(500), labels.split(500), strict=True):
             x = to_float(x)
@@ -460,9 +467,12 @@ class _Run:
         in_turn = self.settings.perturbation == "in turn"
         if self.settings.perturbation == "additive" or in_turn and self.taken // self.outer_steps % 2 == 0:
             return None
-        least, most = self.settings.least_area, self.settings.most_area
-        share = least * (most / least) ** torch.rand(1, generator=self.generator).item()
+        share = self._drawn(self.settings.least_area, self.settings.most_area)
         return max(1.0, share * self.images.shape[-2] * self.images.shape[-1])
+
+    def _drawn(self, least: float, most: float) -> float:
+        """A number between the two, even on a logarithmic scale."""
+        return least * (most / least) ** torch.rand(1, generator=self.generator).item()
 
     def _rate_now(self) -> float:
         if not self.settings.cosine:
@@ -580,10 +590,10 @@ class InnerProblem:
 def outer_step(
     inner: InnerProblem, delta: Tensor, images: Tensor, labels: Tensor, optimizer, generator: torch.Generator
 ) -> Hypergradient:
-    """One Adam step along the hypergradient of the batch's cross-entropy; `share` of it carries delta."""
+    """One Adam step along the hypergradient of the batch's cross-entropy; a share of it carries delta."""
     settings = inner.settings
     images = _arranged(to_float(images), inner.model)
-    count = max(1, round(settings.share * len(images)))
+    count = max(1, round(_share(settings, delta, images) * len(images)))
     chosen = torch.randperm(len(images), generator=generator)[:count].to(images.device)
     carries = torch.zeros(len(images), 1, 1, 1, device=images.device).index_fill_(0, chosen, 1)
     precision = "float32" if settings.K else settings.precision
@@ -602,6 +612,11 @@ def outer_step(
         weight.grad = step
     optimizer.step()
     return gradient
+
+
+def _share(settings: IBAUSettings, delta: Tensor, images: Tensor) -> float:
+    """The share of a batch that carries this delta."""
+    return settings.share if delta.shape[1] == images.shape[1] else settings.replacing_share
 
 
 def hypergradient_of(outer, inner: InnerProblem, delta: Tensor) -> Hypergradient:
