@@ -15,7 +15,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -54,11 +54,11 @@ class IBAUSettings:
     algorithm, an additive delta and five terms of the series; `IBAUSettings.authors()` the authors' script.
     Notebook 04 compares them.
 
-    How large a trigger is nobody says, so each round draws how large a perturbation may be: small ones find
-    what a model obeys most readily, large ones reach what a faint or small one does not excite. An additive
-    delta is then mostly far larger than any trigger that could hide (a white 4x4 square on mid-grey has l2
-    norm 3.5; 10 is the radius of the authors' CIFAR-10 notebook), and shown on few images, because no
-    classifier stays accurate under it; one that replaces pixels leaves the rest of the image to be seen.
+    An additive delta is far larger than any trigger that could hide (a white 4x4 square on mid-grey has l2
+    norm 3.5), so that whatever a trigger excites is within its reach, and it is shown on few images, because
+    no classifier stays accurate under it. 10 is the radius of the authors' CIFAR-10 notebook, which shows
+    delta on 1% of the images. One that replaces pixels leaves the rest of the image to be seen, and is shown
+    on more.
     """
 
     rounds: int = 16  # inner solves, at most: see patience
@@ -72,8 +72,7 @@ class IBAUSettings:
     perturbation: str = "in turn"  # additive and replacing by turns, beginning with the former; or one alone
     least_area: float = 0.008  # A, as a share of the image, is drawn each round between this ...
     most_area: float = 0.31  # ... and this, even on a logarithmic scale; 8 to 320 of 32x32 pixels
-    radius: float = 10.0  # C of an additive delta, l2, pixels in [0, 1], inf: no bound, is drawn alike ...
-    least_radius: float = 0.3  # ... between this share of radius and radius; 1: is radius
+    radius: float = 10.0  # C: the l2 ball an additive delta may not leave; pixels in [0, 1]; inf: no bound
     inner_steps: int = 20  # ascent steps of an inner solve; 0: a pass over the clean set
     inner_images: int = 50  # clean images a round's inner problem is posed on
     inner_lr: float = 0.0  # 0: normalised ascent; else plain ascent at this rate, in batches (additive only)
@@ -94,7 +93,7 @@ class IBAUSettings:
 
         `other` settings as usual. K = 0 leaves the implicit term out.
         """
-        paper = {"rounds": 20, "mending": 0, "perturbation": "additive", "least_radius": 1.0, "K": K}
+        paper = {"rounds": 20, "mending": 0, "perturbation": "additive", "K": K}
         return cls(**{**paper, **other})
 
     @classmethod
@@ -114,7 +113,6 @@ class IBAUSettings:
             cosine=False,
             perturbation="additive",
             radius=math.inf,
-            least_radius=1.0,
             inner_steps=0,
             inner_images=100,
             inner_lr=10.0,
@@ -134,7 +132,7 @@ class IBAUSettings:
         for name in ("K", "tol", "outer_steps", "mending", "inner_steps", "inner_lr", "penalty"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("share", "replacing_share", "least_radius"):
+        for name in ("share", "replacing_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in (0, 1]")
         if not 0 <= self.held_out < 1:
@@ -394,10 +392,8 @@ class _Run:
         started = time.perf_counter()
         sample = torch.randperm(len(self.images), generator=self.generator)[: self.settings.inner_images]
         sample = sample.to(self.images.device)
-        area, settings = self._area(), self.settings
-        if area is None:
-            settings = replace(settings, radius=self._drawn(settings.least_radius, 1) * settings.radius)
-        inner = InnerProblem(self.model, self.images[sample], self.labels[sample], settings, area)
+        area = self._area()
+        inner = InnerProblem(self.model, self.images[sample], self.labels[sample], self.settings, area)
         start = self.deltas.get(area is None)
         found = inner.solve(self.generator, start=start, steps=self.inner_steps, batches=self._pool())
         if not math.isfinite(found.loss):
@@ -419,7 +415,7 @@ class _Run:
         line = {
             "inner_loss": found.loss,
             "delta_norm": found.delta.norm().item(),
-            **({"radius": settings.radius} if area is None else {"area": area}),
+            **({} if area is None else {"area": area}),
             "stationarity": found.stationarity,
             "outer_loss": _mean([s.loss for s in steps]),
             "implicit_over_direct": _mean([s.ratio for s in steps]),
@@ -467,12 +463,9 @@ class _Run:
         in_turn = self.settings.perturbation == "in turn"
         if self.settings.perturbation == "additive" or in_turn and self.taken // self.outer_steps % 2 == 0:
             return None
-        share = self._drawn(self.settings.least_area, self.settings.most_area)
+        least, most = self.settings.least_area, self.settings.most_area
+        share = least * (most / least) ** torch.rand(1, generator=self.generator).item()
         return max(1.0, share * self.images.shape[-2] * self.images.shape[-1])
-
-    def _drawn(self, least: float, most: float) -> float:
-        """A number between the two, even on a logarithmic scale."""
-        return least * (most / least) ** torch.rand(1, generator=self.generator).item()
 
     def _rate_now(self) -> float:
         if not self.settings.cosine:

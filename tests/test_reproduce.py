@@ -212,7 +212,13 @@ def start(book):
     """The command as a process group of its own, in a terminal's place."""
     command = [sys.executable, "-m", "ibau.cli", *book.arguments()]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # what was started in the background of a shell hands on that it ignores SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

@@ -33,7 +33,7 @@ from ibau.unlearning import (
 
 SMALL = IBAUSettings(rounds=2, outer_steps=3, mending=0, batch_size=8, inner_steps=5, inner_images=6, K=2)
 REPLACING = replace(SMALL, perturbation="replacing")
-ADDITIVE = replace(SMALL, perturbation="additive", least_radius=1.0)
+ADDITIVE = replace(SMALL, perturbation="additive")
 HISTORY = {
     "round",
     "inner_loss",
@@ -147,7 +147,7 @@ def test_the_history_has_a_line_a_round(model, images, labels):
     rounds = []
     result = unlearn(model, images, labels, SMALL, on_round=lambda m, h: rounds.append((m, len(h))))
     assert [line["round"] for line in result.history] == [1, 2]
-    assert [set(line) - HISTORY for line in result.history] == [{"radius"}, {"area"}]
+    assert [set(line) - HISTORY for line in result.history] == [set(), {"area"}]
     assert all(set(line) >= HISTORY for line in result.history)
     assert all(math.isfinite(value) for line in result.history for value in line.values())
     assert rounds == [(result.model, 1), (result.model, 2)]
@@ -157,7 +157,7 @@ def test_the_history_has_a_line_a_round(model, images, labels):
 @pytest.mark.parametrize("radius", [0.01, 1.0, 10.0])
 def test_delta_stays_in_its_ball(model, images, labels, radius):
     result = unlearn(model, images, labels, replace(ADDITIVE, radius=radius, inner_steps=30))
-    assert all(set(line) == HISTORY | {"radius"} for line in result.history)
+    assert all(set(line) == HISTORY for line in result.history)
     for delta, line in zip(result.deltas, result.history, strict=True):
         assert delta.norm() <= radius * (1 + 1e-5)
         assert line["delta_norm"] == pytest.approx(delta.norm().item(), rel=1e-5)
@@ -473,7 +473,6 @@ def test_a_model_that_is_no_classifier_is_refused(images, labels, output, messag
         ({"share": 0.0}, r"share is 0.0; it must lie in \(0, 1\]"),
         ({"share": 1.1}, "share is 1.1"),
         ({"replacing_share": 1.5}, "replacing_share is 1.5"),
-        ({"least_radius": 0.0}, r"least_radius is 0.0; it must lie in \(0, 1\]"),
     ],
 )
 def test_bad_settings_are_refused(bad, message):
