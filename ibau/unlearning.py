@@ -63,10 +63,10 @@ class IBAUSettings:
 
     rounds: int = 16  # inner solves, at most: see patience
     outer_steps: int = 10  # after each of them; 0: a pass over the clean set
-    mending: int = 80  # outer steps after the last round, on clean images alone: they bring accuracy back
+    mending: int = 160  # outer steps after the last round, on clean images alone: they bring accuracy back
     batch_size: int = 100  # clean images of an outer step
     share: float = 0.02  # share of these that carries an additive delta
-    replacing_share: float = 0.06  # and of a replacing one, which leaves more of the image to be seen
+    replacing_share: float = 0.04  # and of a replacing one, which leaves more of the image to be seen
     lr: float = 5e-4  # of the outer Adam
     cosine: bool = True  # the rate falls to 0 along a cosine
     perturbation: str = "in turn"  # additive and replacing by turns, beginning with the former; or one alone
