@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -94,6 +94,15 @@ def test_an_unknown_defence_is_answered_with_the_valid_ones():
 def test_every_defence_has_published_and_quick_settings(name):
     assert isinstance(quick(name), DEFENCES[name].settings)
     assert isinstance(DEFENCES[name].settings(), DEFENCES[name].settings)
+
+
+@pytest.mark.parametrize("name", [name for name in DEFENCES if name != "ibau"])
+def test_a_baselines_desk_budget_is_smaller_than_the_published_one(name):
+    published, desk = (asdict(make()) for make in (DEFENCES[name].settings, DEFENCES[name].settings.desk))
+    published, desk = ({**found, **found.pop("training", {})} for found in (published, desk))
+    sizes = ("epochs", "teacher_epochs", "steps", "batches", "batch_size", "inverted", "inversion_steps")
+    assert all(desk[size] <= published[size] for size in sizes if size in desk)
+    assert any(desk[size] < published[size] for size in sizes if size in desk)
 
 
 # ---- what every defence keeps to

@@ -26,6 +26,7 @@ from ibau.defences.reverse import (
     anomaly_indices,
     flagged,
     frozen,
+    kept_of,
     reverse,
     stamp,
     stamp_some,
@@ -239,6 +240,26 @@ def test_stamp_some_keeps_labels_and_the_rest():
     assert torch.equal(stamped.images, images)
 
 
+# The rate of patching
+
+
+@pytest.mark.parametrize(
+    "rights, images, kept",
+    [
+        ((1.0, 1.0, 1.0), 50, 1e-3),  # equal: the strongest
+        ((0.98, 0.96, 0.95), 50, 1e-3),  # one standard error below 0.98 is 0.949
+        ((0.98, 0.96, 0.94), 50, 3e-4),
+        ((0.98, 0.97, 0.96), 5000, 1e-4),  # and here 0.978
+        ((0.9, 0.95, 0.99), 50, 1e-3),
+        ((1.0, 0.99, 0.98), 50, 3e-4),  # below 50 right of 50 it is 50 / 51
+    ],
+)
+def test_the_strongest_of_the_rates_that_are_right_as_often_is_kept(rights, images, kept):
+    lrs = (1e-4, 3e-4, 1e-3)
+    assert lrs[kept_of(lrs, rights, images)] == kept
+    assert lrs[::-1][kept_of(lrs[::-1], rights[::-1], images)] == kept
+
+
 # TABOR's terms
 
 
@@ -334,7 +355,11 @@ def test_the_flagged_trigger_is_patched_away(victims, data, trigger, function, s
     evidence = defended.evidence
     assert same(model, before)
     assert evidence["decision"] == "flagged classes patched" and TARGET in evidence["patched"]
-    assert sum(line["kept"] for line in evidence["patching"]) == 1
+    lines = evidence["patching"]
+    assert tuple(line["lr"] for line in lines) == settings.patch_lrs
+    rights = [(line["held_out_acc"] + line["held_out_ra"]) / 2 for line in lines]
+    kept = kept_of(settings.patch_lrs, rights, 50)  # of 500 clean images a tenth is held out
+    assert [line["kept"] for line in lines] == [i == kept for i in range(len(lines))]
     assert [line["class"] for line in evidence["classes"]] == list(range(10))
     assert defended.tensors["masks"].shape == (10, 1, 16, 16)
     assert defended.tensors["patterns"].shape == (10, 3, 16, 16)

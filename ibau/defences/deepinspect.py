@@ -99,6 +99,14 @@ class DeepInspectSettings:
         budget = {"inverted": 20, "inversion_steps": 50, "steps": 400, "batch_size": 8, "patience": 3}
         return cls(**{**budget, **other})
 
+    @classmethod
+    def desk(cls, **other) -> "DeepInspectSettings":
+        """Minutes on a CPU for ten or 43 classes: as `quick`, with 4 images a step under every class.
+
+        So 20 and not 100 inverted images a class, in 50 and not 300 steps; G learns for 400 and not 1,000.
+        """
+        return cls.quick(**{"batch_size": 4, **other})
+
 
 class Generator(nn.Module):
     """G(z, t): noise (N, noise) and classes (N,) -> perturbations (N, 3, H, W) in [-1, 1]"""

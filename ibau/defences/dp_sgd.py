@@ -60,7 +60,11 @@ class DPSGDSettings:
 
     @classmethod
     def desk(cls) -> "DPSGDSettings":
-        """A budget of minutes on a CPU: one pass over the training set, 200 steps for CIFAR-10."""
+        """A budget of minutes on a CPU: 200 steps for CIFAR-10 in place of 90 epochs of 25 steps.
+
+        So few steps bear a fifth of the noise. An eighth of the images a step makes a pass of CIFAR-10's
+        training set enough for 200.
+        """
         return cls(epochs=1, batch_size=250, lr=0.05, noise=0.3, clip=1.0, chunk=32)
 
     def control(self) -> "DPSGDSettings":
