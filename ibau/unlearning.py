@@ -34,6 +34,7 @@ HYPERGRADIENTS = ("fixed_point", "cg", "unrolled", "neumann")
 COLLAPSE = 0.5  # held-out accuracy below this share of what it was: the round is undone
 ROLLBACKS = 3  # and tried again at half the rate, this often in a row
 FAINT = 1e-3  # the least mask at which the ascent looks for colours
+FEW = 250  # clean images to learn from; with fewer the model itself is the teacher, see IBAUSettings
 LOST = 0.05  # held-out accuracy lost at the end that is worth a warning
 
 
@@ -59,6 +60,10 @@ class IBAUSettings:
     no classifier stays accurate under it. 10 is the radius of the authors' CIFAR-10 notebook, which shows
     delta on 1% of the images. One that replaces pixels leaves the rest of the image to be seen, and is shown
     on more.
+
+    The labels of a hundred images are soon learnt by heart. With fewer than 250 to learn from (FEW), recipes
+    that mend aim their outer steps at what the given model says of the images without delta, shift them by up
+    to an eighth of their side, and halve the rate.
     """
 
     rounds: int = 16  # inner solves, at most: see patience
@@ -374,6 +379,10 @@ class _Run:
         self.outer_steps = settings.outer_steps or a_pass
         self.inner_steps = settings.inner_steps or a_pass
         self.rate, self.taken, self.deltas = settings.lr, 0, {}
+        self.teacher = None
+        if settings.mending and len(images) < FEW:
+            self.teacher = copy.deepcopy(model).requires_grad_(False)
+            self.rate /= 2
 
     def state(self) -> tuple:
         return copy.deepcopy(
@@ -405,12 +414,7 @@ class _Run:
         for _ in range(self.outer_steps):
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate_now()
-            batch = next(self.batches).to(self.images.device)
-            steps.append(
-                outer_step(
-                    inner, found.delta, self.images[batch], self.labels[batch], self.optimizer, self.generator
-                )
-            )
+            steps.append(outer_step(inner, found.delta, *self._batch(), self.optimizer, self.generator))
             self.taken += 1
         line = {
             "inner_loss": found.loss,
@@ -433,11 +437,10 @@ class _Run:
         for _ in range(self.settings.mending):
             for group in self.optimizer.param_groups:
                 group["lr"] = self._rate_now()
-            batch = next(self.batches).to(self.images.device)
-            images, labels = _arranged(to_float(self.images[batch]), self.model), self.labels[batch]
+            images, targets = self._batch()
             with autocast(images.device, self.settings.precision):
                 logits = self.model(images.clone())
-            loss = F.cross_entropy(logits.float(), labels)
+            loss = F.cross_entropy(logits.float(), targets)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -445,6 +448,17 @@ class _Run:
             self.taken += 1
         seconds = time.perf_counter() - started
         return {"mending": len(losses), "outer_loss": _mean(losses), "seconds": seconds}
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """The next outer step's images, and what it aims at: labels, or probabilities (N, classes)."""
+        batch = next(self.batches).to(self.images.device)
+        images, targets = to_float(self.images[batch]), self.labels[batch]
+        images = _arranged(images, self.model)
+        if self.teacher:
+            images = _arranged(_shifted(images, self.generator), self.model)
+            with torch.no_grad(), autocast(images.device, self.settings.precision):
+                targets = self.teacher(images.clone()).float().softmax(1)
+        return images, targets
 
     @torch.no_grad()
     def held_out_objective(self, weights: dict, delta: Tensor, images: Tensor, labels: Tensor) -> float:
@@ -583,7 +597,10 @@ class InnerProblem:
 def outer_step(
     inner: InnerProblem, delta: Tensor, images: Tensor, labels: Tensor, optimizer, generator: torch.Generator
 ) -> Hypergradient:
-    """One Adam step along the hypergradient of the batch's cross-entropy; a share of it carries delta."""
+    """One Adam step along the hypergradient of the batch's cross-entropy; a share of it carries delta.
+
+    labels  (N,) int64, or probabilities (N, classes)
+    """
     settings = inner.settings
     images = _arranged(to_float(images), inner.model)
     count = max(1, round(_share(settings, delta, images) * len(images)))
@@ -633,6 +650,17 @@ def hypergradient_of(outer, inner: InnerProblem, delta: Tensor) -> Hypergradient
     low = settings.precision == "auto" and native_bfloat16(delta.device) or settings.precision == "bfloat16"
     how["products"] = reduced() if low else None
     return hg.implicit_hypergradient(outer, inner.phi, delta, weights, solve=solve, **how)
+
+
+def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image moved by up to an eighth of its side along either axis; what comes in mirrors the edge."""
+    n, _, height, width = images.shape
+    high, wide = height // 8, width // 8
+    padded = F.pad(images, (wide, wide, high, high), mode="reflect")
+    rows = torch.randint(0, 2 * high + 1, (n, 1), generator=generator) + torch.arange(height)
+    columns = torch.randint(0, 2 * wide + 1, (n, 1), generator=generator) + torch.arange(width)
+    index, rows, columns = (t.to(images.device) for t in (torch.arange(n)[:, None, None], rows, columns))
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def _hold_out(images: Tensor, labels: Tensor, settings: IBAUSettings, generator: torch.Generator):

@@ -8,6 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from torch import nn
 
@@ -582,7 +583,8 @@ def test_the_held_out_objective_is_the_outer_one_of_the_weights_before_the_round
     assert result.history[0]["held_out_objective"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_mending_learns_clean_images_at_the_end_of_the_cosine(model, images, labels):
+def test_mending_learns_clean_images_at_the_end_of_the_cosine(model, images, labels, monkeypatch):
+    monkeypatch.setattr(unlearning, "FEW", 0)
     rounds = []
     settings = replace(SMALL, mending=5, K=0)
     result = unlearn(model, images, labels, settings, on_round=lambda m, h: rounds.append(len(h)))
@@ -596,7 +598,45 @@ def test_mending_learns_clean_images_at_the_end_of_the_cosine(model, images, lab
     assert mended.history[-1]["outer_loss"] < mended.history[0]["outer_loss"]
 
 
+def test_with_few_images_the_model_itself_is_the_teacher(model, images, monkeypatch):
+    said = model(images / 255).argmax(1).detach()
+    other = (said + 1) % 4
+    settings = replace(SMALL, rounds=1, outer_steps=1, mending=100, lr=0.01, held_out=0.0, K=0)
+    taught = unlearn(model, images, other, settings)
+    assert (taught.model(images / 255).argmax(1) == said).float().mean() >= 0.9
+    assert taught.history[0]["rate"] == 0.005
+    monkeypatch.setattr(unlearning, "FEW", 20)  # 20 are not few then
+    told = unlearn(model, images, other, settings)
+    assert (told.model(images / 255).argmax(1) == other).float().mean() >= 0.9
+    assert told.history[0]["rate"] == 0.01
+
+
+def test_what_does_not_mend_takes_labels_however_few(model, images, labels, monkeypatch):
+    few = unlearn(model, images, labels, SMALL).model
+    monkeypatch.setattr(unlearning, "FEW", 0)
+    assert same(few, unlearn(model, images, labels, SMALL).model)
+
+
+def test_shifted_images_are_windows_of_the_mirrored_ones():
+    images = torch.rand(40, 3, 16, 24, generator=torch.Generator().manual_seed(1))
+    shifted = unlearning._shifted(images, torch.Generator().manual_seed(2))
+    assert torch.equal(shifted, unlearning._shifted(images, torch.Generator().manual_seed(2)))
+    padded = F.pad(images, (3, 3, 2, 2), mode="reflect")
+    found = set()
+    for i in range(40):
+        windows = {
+            (y, x)
+            for y in range(5)
+            for x in range(7)
+            if padded[i, :, y : y + 16, x : x + 24].equal(shifted[i])
+        }
+        assert len(windows) == 1
+        found |= windows
+    assert {y for y, _ in found} == set(range(5)) and {x for _, x in found} == set(range(7))
+
+
 def test_mending_that_ruins_the_model_is_undone(trained, images, monkeypatch):
+    monkeypatch.setattr(unlearning, "FEW", 0)
     model, labels = trained
     settings = replace(SMALL, mending=3, K=0)
     unmended = unlearn(model, images, labels, replace(settings, mending=0, cosine=False)).model
