@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 NOT_LOCKED := ^(nvidia-|cuda-|triton==)
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab lint figures bench bench-training lock clean
+.PHONY: help reproduce test lab lint figures zoo bench bench-training lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ lint: $(INSTALLED)  ## check style and format
 
 figures: $(INSTALLED)  ## redraw figures/ and the README's results from figures/data
 	@$(BIN)/python -m ibau.figures
+
+zoo: $(INSTALLED)  ## write zoo/, the poisoned models behind the tables, from runs/models
+	@$(BIN)/python -m ibau.zoo
 
 bench: $(INSTALLED)  ## time I-BAU beside the textbook's hypergradient, into figures/data
 	@$(BIN)/python -m ibau.bench $(ARGS)

@@ -1,6 +1,5 @@
 """Records and images -> axes and tables: `plot_x(ax, ...) -> ax` draws what it is given, trains nothing."""
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -17,13 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from ibau import experiments, grid
+from ibau import claims, experiments, grid, tables
 from ibau.attacks import ALL_TO_ALL, Trigger
 from ibau.attacks.stealth import spectrum
-from ibau.datasets import CLEAN_SIZE
 from ibau.defences import DEFENCES
 from ibau.defences.reverse import POLICIES
 from ibau.metrics import Rate
+from ibau.tables import OURS, UNDEFENDED, attack_label, match, misses, over_seeds
 from ibau.unlearning import IBAUSettings
 
 PALETTE = sns.color_palette("colorblind")
@@ -259,15 +258,6 @@ def results_table(records: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def attack_label(victim: dict) -> str:
-    """What a victim's settings are called: their label in STANDARD, "clean", or attack and target."""
-    if victim["attack"] == "none":
-        return "clean"
-    labels = {attack_and_target: label for label, attack_and_target in experiments.STANDARD.items()}
-    name = f"{victim['attack']} to {victim['target']}"
-    return labels.get((victim["attack"], victim["target"]), name)
-
-
 def _cell(rates: list[dict]) -> str:
     values = [100 * rate["value"] for rate in rates]
     if len(values) == 1:
@@ -285,11 +275,6 @@ def usual(records: list[dict], settings: IBAUSettings | None = None) -> list[dic
         and record["settings"]["victim"]["strength"] is None
         and attack_label(record["settings"]["victim"]) in labels
     ]
-
-
-# What is asked for: at most so many points of ACC lost, and so much ASR left, in percent.
-GOAL, SMALL_GOAL = (2, 10), {100: (5, 20)}  # in general, and with so many clean images
-CLEAN_GOAL = 1  # points of ACC that a clean model may lose
 
 
 def removal_table(records: list[dict]) -> pd.DataFrame:
@@ -334,14 +319,11 @@ def _removal(same: list[dict], clean_images: int) -> str:
     if not same:
         return "not run"
     change = 100 * mean(r["after"]["acc"]["value"] - r["before"]["acc"]["value"] for r in same)
-    lost, asr_goal = SMALL_GOAL.get(clean_images, GOAL)
+    attacked = same[0]["after"]["asr"] is not None
+    asr = 100 * mean(r["after"]["asr"]["value"] for r in same) if attacked else None
+    rates = f"{change:+.1f} / {asr:.1f}" if attacked else f"{change:+.1f}"
     seeds = f" (n = {len(same)})" if len(same) > 1 else ""
-    if same[0]["after"]["asr"] is None:
-        lost = max(CLEAN_GOAL, lost) if clean_images in SMALL_GOAL else CLEAN_GOAL
-        return f"{change:+.1f}{'*' * (round(change, 1) < -lost)}{seeds}"
-    asr = 100 * mean(r["after"]["asr"]["value"] for r in same)
-    missed = round(change, 1) < -lost or round(asr, 1) > asr_goal
-    return f"{change:+.1f} / {asr:.1f}{'*' * missed}{seeds}"
+    return f"{rates}{'*' * misses(change, asr, clean_images)}{seeds}"
 
 
 def results_markdown(records: list[dict]) -> str:
@@ -358,6 +340,12 @@ def victims_markdown(records: list[dict]) -> str:
         for label in ("clean", *experiments.STANDARD)
     ]
     return _markdown(["ACC / ASR in %", *groups], rows)
+
+
+def claims_markdown(found: claims.Evidence) -> str:
+    """README.md's claims: `claims.judged` as a Markdown table."""
+    table = claims.judged(found).reset_index()
+    return _markdown(list(table.columns), table.values.tolist())
 
 
 def _acc_and_asr(same: list[dict]) -> str:
@@ -586,6 +574,7 @@ def write_readme(readme: Path) -> None:
     for mark, table in (
         ("results", results_markdown(experiments.recorded(defence="ibau"))),
         ("attacks", victims_markdown(experiments.recorded_victims())),
+        ("claims", claims_markdown(claims.gather())),
     ):
         block = re.compile(rf"(<!-- {mark}:.*?-->\n).*?(<!-- end of {mark} -->)", re.DOTALL)
         text = block.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
@@ -666,7 +655,7 @@ def by_defence(cells: Iterable[grid.Cell], records: list[dict]) -> dict[str, lis
     class is flagged has two labels, "<label>, leave" and "<label>, smallest". Where one is flagged the
     policies coincide, and a record of either is one of both.
     """
-    found: dict[str, list[dict]] = {}
+    asked: dict[str, list[grid.Cell]] = {}
     for cell in cells:
         if cell.defence == grid.NONE:
             continue
@@ -678,25 +667,9 @@ def by_defence(cells: Iterable[grid.Cell], records: list[dict]) -> dict[str, lis
                 for policy in POLICIES
             }
         for label, one in either.items():
-            found.setdefault(label, []).extend([r for r in records if _is_of(r, one)][:1])
-    return found
-
-
-def _is_of(record: dict, cell: grid.Cell) -> bool:
-    """Is this what the cell's settings lead to, whatever the data's fingerprint?"""
-    about, wanted = record["settings"], json.loads(json.dumps(asdict(cell)))
-    if (about["defence"], about["seed"]) != (cell.defence, cell.seed):
-        return False
-    sees = DEFENCES[cell.defence].sees
-    images = (cell.clean_size or CLEAN_SIZE[cell.victim.dataset]) if sees == "clean" else 0
-    settings = dict(about["defence_settings"])
-    if "unflagged" in settings and any(line["flagged"] for line in record["evidence"]["classes"]):
-        settings["unflagged"] = cell.settings.unflagged
-    return (
-        wanted["victim"].items() <= about["victim"].items()
-        and settings == wanted["settings"]
-        and about["clean_images"] == images
-    )
+            asked.setdefault(label, []).append(one)
+    found = match([one for same in asked.values() for one in same], records)
+    return {label: [found[one] for one in same if found[one]] for label, same in asked.items()}
 
 
 def defences_table(found: dict[str, list[dict]]) -> pd.DataFrame:
@@ -729,6 +702,126 @@ def _measured_cells(measured: list[dict]) -> dict[str, str]:
     rates = {name.upper(): [m[name] for m in measured] for name in ("acc", "asr", "ra")}
     cells = {name: "" if same[0] is None else _cell(same) for name, same in rates.items()}
     return {"seeds": str(len(measured)), **cells}
+
+
+def flags_table(found: dict[str, list[dict]]) -> pd.DataFrame:
+    """What the defences that flag classes said: a row each, a column for each kind of victim in `found`.
+
+    Of models that have one target in how many it was flagged, of all others in how many no class was.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for kind, records in found.items():
+        for name, defence in DEFENCES.items():
+            same = [r for r in records if r["settings"]["defence"] == name and "classes" in r["evidence"]]
+            if same:
+                rows.setdefault(defence.label, {})[kind] = _flagged(same)
+    return pd.DataFrame.from_dict(rows, orient="index", columns=list(found)).fillna("not run")
+
+
+def _flagged(records: list[dict]) -> str:
+    victim = records[0]["settings"]["victim"]
+    aimed = victim["attack"] != "none" and victim["target"] != ALL_TO_ALL
+    flags = [[line["class"] for line in r["evidence"]["classes"] if line["flagged"]] for r in records]
+    right = sum(victim["target"] in some if aimed else not some for some in flags)
+    return f"{'the target' if aimed else 'no class'} in {right} of {len(records)}"
+
+
+# ---- the grid
+
+
+MARKS = dict(zip((UNDEFENDED, *(d.label for d in DEFENCES.values())), "xPsv^DdXo", strict=True))
+COLOURS = dict(zip(MARKS, (MUTED, *(PALETTE[i] for i in (5, 0, 9, 4, 1, 6, 3, 2))), strict=True))
+
+
+def plot_cells(axes, rows: pd.DataFrame, *, names: bool = True):
+    """Two maps of a `tables.frame`, seeds together: ASR and ACC after; a row an attack, a column a defence.
+
+    The darker, the worse: more ASR, more points of ACC lost (black on white: none). Cells that were never run
+    are hatched. `names` writes the attacks on the left map.
+    """
+    means = over_seeds(rows)
+    lost = means["acc_before"] - means["acc"]
+    shades = {"asr": means["asr"] / 100, "acc": lost.clip(lower=0) / 10}
+    for ax, (value, colours) in zip(axes, (("asr", "Oranges"), ("acc", "Blues")), strict=True):
+        attacks, defences = means["attack"].unique(), means["defence"].unique()
+        places = {name: i for labels in (attacks, defences) for i, name in enumerate(labels)}
+        for row, shade in zip(means.itertuples(), shades[value], strict=True):
+            _draw_cell(ax, places[row.defence], places[row.attack], row, value, shade, mpl.colormaps[colours])
+        ax.set(xlim=(-0.5, len(defences) - 0.5), ylim=(len(attacks) - 0.5, -0.5))
+        ax.set_xticks(range(len(defences)), defences, rotation=40, ha="right", rotation_mode="anchor")
+        ax.set_yticks(range(len(attacks)), attacks if names and value == "asr" else [""] * len(attacks))
+        ax.spines[:].set_visible(False)
+        ax.tick_params(length=0)
+        ax.set_title(f"{value.upper()} after, %", fontsize="small")
+    return axes
+
+
+def _draw_cell(ax: Axes, x: int, y: int, row, value: str, shade: float, colours) -> None:
+    measured = getattr(row, value)
+    style = {"color": "whitesmoke", "hatch": "////", "edgecolor": "lightgrey"}
+    if row.run:
+        style = {"color": "white" if pd.isna(measured) else colours(0.75 * min(1.0, shade))}
+    ax.barh(y, 0.96, 0.92, left=x - 0.48, **{**style, "linewidth": 0})
+    text = "not run" if not row.run else "" if pd.isna(measured) else f"{measured:.1f}"
+    bold = "bold" if value == "asr" and row.good else "normal"
+    size = "small" if row.run else "xx-small"
+    ax.text(x, y, text, ha="center", va="center", fontsize=size, fontweight=bold)
+
+
+def plot_along(axes, rows: pd.DataFrame, along: str):
+    """ASR (first axis) and ACC (second) after each defence along a column of a `tables.frame`, in %.
+
+    `along` is "ratio" (percent poisoned) or "clean" (images); its values stand evenly apart. A line a
+    defence, seeds together, with a gap where a cell was never run. `rows` should be of one attack.
+    """
+    means = over_seeds(rows)
+    values = sorted(means[along].unique())
+    for ax, value in zip(axes, ("asr", "acc"), strict=True):
+        for label, same in means.groupby("defence", sort=False):
+            line = same.set_index(along)[value].reindex(values)
+            style = {"linestyle": "--" if label == UNDEFENDED else "-", "marker": MARKS[label]}
+            style |= {"linewidth": 2.5, "zorder": 3} if label == OURS else {"linewidth": 1, "markersize": 5}
+            name = label if same["run"].any() else f"{label} (not run)"
+            ax.plot(range(len(values)), line, color=COLOURS[label], label=name, **style)
+        ax.set_xticks(range(len(values)), [f"{v:g}" for v in values])
+        ax.set_ylabel(f"{value.upper()}, %")
+        ax.margins(y=0.1)
+    axes[0].set_ylim(-4, 104)
+    axes[-1].set_xlabel({"ratio": "% of the training set poisoned", "clean": "clean images"}[along])
+    return axes
+
+
+def plot_seconds(axes, rows: pd.DataFrame):
+    """What each defence took, from a `tables.frame`: seconds, and seconds over I-BAU's on the same model.
+
+    Bars are medians over models, with the smallest and largest; on the second axis each model is a dot. The
+    dotted line is 13 times I-BAU's. Defences that were never run say so.
+    """
+    labels = [label for label in rows["defence"].unique() if label != UNDEFENDED]
+    ratios = tables.ratios(rows)
+    for y, label in enumerate(labels):
+        seconds = rows[rows["defence"] == label]["seconds"].dropna()
+        if seconds.empty:
+            axes[0].text(1, y, " not run", va="center", fontsize="small", color=MUTED)
+            continue
+        middle = seconds.median()
+        axes[0].barh(y, middle, 0.7, color=COLOURS[label])
+        spread = [[middle - seconds.min()], [seconds.max() - middle]]
+        axes[0].errorbar(middle, y, xerr=spread, fmt="none", ecolor="black", capsize=3)
+        axes[0].text(seconds.max(), y, f"  {middle:.0f} s", va="center", fontsize="small")
+        times = ratios[ratios["defence"] == label]["times"]
+        axes[1].plot(times, [y] * len(times), MARKS[label], color=COLOURS[label], markersize=5, alpha=0.7)
+        axes[1].plot([times.median()], [y], "|", color="black", markersize=16)
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].set(xscale="log", xlabel="seconds", xlim=(1, 3 * max(2, rows["seconds"].max())))
+    axes[1].set(xscale="log", xlabel="times I-BAU's seconds, same model and device")
+    axes[1].axvline(1, color="grey", linewidth=1)
+    axes[1].axvline(13, color="grey", linewidth=1, linestyle=":")
+    axes[1].xaxis.set_major_formatter("{x:g}")
+    axes[1].sharey(axes[0])
+    axes[0].invert_yaxis()
+    axes[1].tick_params(labelleft=False)
+    return axes
 
 
 if __name__ == "__main__":

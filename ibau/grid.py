@@ -120,10 +120,11 @@ def choose(
     dataset: str = "",
     seeds: int = 1,
     *,
+    first: int = 0,
     attacks: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> list[Cell]:
-    """The cells of these tables with seeds 0 to `seeds` - 1, each once; no table: of all.
+    """The cells of these tables with `seeds` seeds from `first` on, each once; no table: of all.
 
     `attacks` and `only`, if any are named, leave out the cells of other attacks and other defences; "none" is
     among both. Raises GridError for an unknown name.
@@ -133,7 +134,8 @@ def choose(
     _check("defence", only, (NONE, *defences.DEFENCES))
     if seeds < 1:
         raise GridError(f"{seeds} seeds; there must be at least 1")
-    cells = [cell for name in tables or TABLES for cell in TABLES[name](profile, dataset, range(seeds))]
+    chosen = range(first, first + seeds)
+    cells = [cell for name in tables or TABLES for cell in TABLES[name](profile, dataset, chosen)]
     return [
         cell
         for cell in dict.fromkeys(cells)

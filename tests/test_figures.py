@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ibau import experiments, figures, grid
-from ibau.attacks import Trigger, badnets, blend
+from ibau import experiments, figures, grid, tables
+from ibau.attacks import ALL_TO_ALL, Trigger, badnets, blend
 from ibau.defences import DEFENCES
 from ibau.unlearning import IBAUSettings
 
@@ -490,9 +490,157 @@ def test_the_table_of_defences_compares_with_ibau_and_names_what_is_missing():
     assert figures.defences_table({"NAD": []})["ACC"].tolist() == ["not run", "not run"]
 
 
+def test_the_table_of_flags_counts_targets_and_silence():
+    def record(name, seed, flagged, target=1, **victim):
+        cell = a_cell(name, seed)
+        attacked = replace(cell.victim, target=target, **victim)
+        return a_record(replace(cell, victim=attacked), flagged=flagged)
+
+    found = {
+        "BadNets": [record("nc", 0, [1]), record("nc", 1, [0, 1]), record("nc", 2, [0])],
+        "clean": [record("nc", 0, [], attack="none"), record("tabor", 0, [1], attack="none")],
+        "all-to-all": [record("tabor", 0, [], target=ALL_TO_ALL), a_record(a_cell("nad"))],
+    }
+    table = figures.flags_table(found)
+    assert table.loc["Neural Cleanse"].tolist() == ["the target in 2 of 3", "no class in 1 of 1", "not run"]
+    assert table.loc["TABOR"].tolist() == ["not run", "no class in 0 of 1", "no class in 1 of 1"]
+    assert list(table.index) == ["Neural Cleanse", "TABOR"]
+
+
 def test_recorded_defences_make_tables():
     for profile, dataset in (("quick", "mnist5k"), ("desk", "cifar10"), ("desk", "gtsrb")):
         cells = grid.choose(["single-target"], profile, dataset, 3, attacks=["badnets"])
         found = figures.by_defence(cells, experiments.recorded())
         assert len(figures.defences_table(found)) == 1 + len(DEFENCES) + 3
         assert all(len(same) <= 3 for same in found.values())
+
+
+# ---- the grid
+
+
+@pytest.fixture
+def cells_of():
+    """A function that makes a `tables.frame` of a grid's table, all cells but some run alike."""
+
+    def make(table, unrun=()):
+        rows = tables.frame(dict.fromkeys(grid.TABLES[table]("quick", "mnist5k", [0])))
+        done = ~rows["defence"].isin(unrun)
+        values = {"acc_before": 72.0, "acc": 70.0, "change": -2.0, "asr": 5.0, "seconds": 20.0, "der": 90.0}
+        for name, value in values.items():
+            rows.loc[done, name] = value
+        rows.loc[rows["attack"] == "clean", "asr"] = float("nan")
+        rows.loc[done, "device"] = "a CPU, 1 thread"
+        return rows.assign(run=done)
+
+    return make
+
+
+def texts(ax):
+    return [text.get_text() for text in ax.texts]
+
+
+def test_the_maps_name_what_was_not_run(axes, cells_of):
+    rows = cells_of("single-target", unrun=["NAD"])
+    asr, acc = figures.plot_cells(axes[:2], rows)
+    attacks, columns = rows["attack"].nunique(), rows["defence"].nunique()
+    assert [text.get_text() for text in asr.get_yticklabels()] == ["clean", *experiments.STANDARD][:attacks]
+    for ax, shown in ((asr, "5.0"), (acc, "70.0")):
+        assert len(texts(ax)) == attacks * columns
+        assert texts(ax).count("not run") == attacks
+        clean = attacks if shown == "70.0" else attacks - 1  # a clean model has no ASR
+        assert texts(ax).count(shown) == clean * (columns - 1)
+    bold = [text for text in asr.texts if text.get_fontweight() == "bold"]
+    assert len(bold) == (attacks - 1) * (columns - 2)  # the undefended column has no goal
+
+
+def test_the_maps_are_darker_where_it_is_worse(axes, cells_of):
+    rows = cells_of("multi-target")
+    rows.loc[rows["attack"] == "all-to-all", ["asr", "acc"]] = [100.0, 60.0]
+    for ax in figures.plot_cells(axes[:2], rows):
+        light = {
+            text.get_text(): sum(patch.get_facecolor()[:3])
+            for text, patch in zip(ax.texts, ax.patches, strict=True)
+        }
+        worse, better = ("100.0", "5.0") if "5.0" in light else ("60.0", "70.0")
+        assert light[worse] < light[better]
+
+
+def test_lines_have_gaps_and_name_what_was_not_run(axes, cells_of):
+    rows = cells_of("poison-ratio", unrun=["DP-SGD"])
+    rows = rows[rows["attack"] == "Blend"].reset_index(drop=True)
+    gap = (rows["defence"] == "NAD") & (rows["ratio"] == 2)
+    rows.loc[gap, ["asr", "acc"]] = float("nan")
+    figures.plot_along(axes[:2], rows, "ratio")
+    asr, _ = axes[:2]
+    assert [text.get_text() for text in asr.get_xticklabels()] == ["0.5", "1", "2", "5", "10", "20"]
+    lines = {line.get_label(): line.get_ydata() for line in asr.lines}
+    assert "DP-SGD (not run)" in lines and "NAD" in lines and "none" in lines
+    assert [math.isnan(y) for y in lines["NAD"]] == [False, False, True, False, False, False]
+    assert all(math.isnan(y) for y in lines["DP-SGD (not run)"])
+    figures.plot_along(axes[2:4], cells_of("clean-size").query("attack == 'Blend'"), "clean")
+    assert [text.get_text() for text in axes[3].get_xticklabels()] == ["100", "250", "500"]
+
+
+def test_seconds_are_bars_and_ratios_dots(axes, cells_of):
+    rows = cells_of("single-target", unrun=["NAD"])
+    rows.loc[rows["defence"] == "TABOR", "seconds"] = 60.0
+    seconds, times = figures.plot_seconds(axes[:2], rows)
+    assert [patch.get_width() for patch in seconds.patches] == [20, 20, 60, 20, 20, 20, 20]
+    assert " not run" in texts(seconds) and "  60 s" in texts(seconds)
+    dots = [list(line.get_xdata()) for line in times.lines if line.get_marker() == figures.MARKS["TABOR"]]
+    assert dots == [[3.0] * 8]
+
+
+def test_every_defence_has_a_mark_and_a_colour_of_its_own():
+    labels = {"none", *(defence.label for defence in DEFENCES.values())}
+    assert set(figures.MARKS) == set(figures.COLOURS) == labels
+    assert len(set(figures.COLOURS.values())) == len(set(figures.MARKS.values())) == len(labels)
+
+
+# ---- cells and their records
+
+
+def with_victim(record):
+    return {**record, "provenance": {"device": "a CPU", "threads": 1}}
+
+
+def test_a_cell_finds_its_record_by_settings_alone():
+    cell, other = a_cell("finetune"), a_cell("finetune", seed=1)
+    record = with_victim(a_record(cell))
+    assert tables.match([cell, other], [record]) == {cell: record, other: None}
+    changed = copy.deepcopy(record)
+    changed["settings"]["defence_settings"]["held_out"] = 0.123
+    assert tables.match([cell], [changed]) == {cell: None}
+
+
+def test_images_count_only_for_defences_that_see_them():
+    for name, found in (("finetune", False), ("dp_sgd", True), ("deepinspect", True)):
+        cell = a_cell(name)
+        record = a_record(cell, flagged=[])
+        assert (tables.match([replace(cell, clean_size=100)], [record]).popitem()[1] is not None) is found
+
+
+def test_an_undefended_cell_is_read_from_its_victim_or_from_a_defended_one():
+    cell = a_cell("finetune")
+    nothing = replace(cell, defence=grid.NONE, settings=None)
+    record = with_victim(a_record(cell))
+    (from_defended,) = tables.match([nothing], [record]).values()
+    assert from_defended["measured"] == record["before"]
+    own = {"settings": record["settings"]["victim"], "measured": {"acc": rate(0.5), "asr": None, "ra": None}}
+    assert tables.match([nothing], [record], [own]) == {nothing: own}
+    assert tables.match([nothing], []) == {nothing: None}
+
+
+def test_a_frame_has_a_row_a_cell_run_or_not():
+    cell = a_cell("finetune")
+    nothing, seed = replace(cell, defence=grid.NONE, settings=None), a_cell("finetune", seed=1)
+    record = with_victim(a_record(cell, seconds=7.0, der=rate(0.75)))
+    frame = tables.frame(tables.match([nothing, cell, seed], [record]))
+    assert list(frame.columns) == tables.COLUMNS and frame["run"].tolist() == [True, True, False]
+    assert frame["defence"].tolist() == [tables.UNDEFENDED, "Fine-tuning", "Fine-tuning"]
+    first, second, third = frame.to_dict("records")
+    assert (first["acc"], first["change"], first["asr"]) == (98.0, 0.0, 100.0) and pd.isna(first["seconds"])
+    assert (second["acc"], second["change"], second["asr"]) == pytest.approx((90.0, -8.0, 50.0))
+    assert (second["seconds"], second["der"], second["device"]) == (7.0, 75.0, "a CPU, 1 thread")
+    assert (second["attack"], second["ratio"], second["clean"]) == ("BadNets", 20.0, 500)
+    assert all(pd.isna(third[name]) for name in (*tables.MEASURED, "seconds", "device"))

@@ -551,3 +551,8 @@ def test_an_interrupted_command_says_how_to_go_on(capsys, monkeypatch):
     monkeypatch.setattr(grid, "run", interrupted)
     assert cli.main(["grid"]) == 130
     assert "The same command goes on" in capsys.readouterr().err
+
+
+def test_seeds_go_on_from_the_first():
+    cells = grid.choose(["multi-target"], "quick", "", 2, first=3, only=["none", "ibau"])
+    assert {(cell.seed, cell.victim.seed) for cell in cells} == {(3, 3), (4, 4)} and len(cells) == 8
