@@ -709,12 +709,13 @@ def flags_table(found: dict[str, list[dict]]) -> pd.DataFrame:
 
     Of models that have one target in how many it was flagged, of all others in how many no class was.
     """
-    rows: dict[str, dict[str, str]] = {}
+    flagging = {name: d.label for name, d in DEFENCES.items() if hasattr(d.settings, "unflagged")}
+    rows: dict[str, dict[str, str]] = {label: {} for label in flagging.values()}
     for kind, records in found.items():
-        for name, defence in DEFENCES.items():
-            same = [r for r in records if r["settings"]["defence"] == name and "classes" in r["evidence"]]
+        for name, label in flagging.items():
+            same = [record for record in records if record["settings"]["defence"] == name]
             if same:
-                rows.setdefault(defence.label, {})[kind] = _flagged(same)
+                rows[label][kind] = _flagged(same)
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(found)).fillna("not run")
 
 

@@ -504,7 +504,8 @@ def test_the_table_of_flags_counts_targets_and_silence():
     table = figures.flags_table(found)
     assert table.loc["Neural Cleanse"].tolist() == ["the target in 2 of 3", "no class in 1 of 1", "not run"]
     assert table.loc["TABOR"].tolist() == ["not run", "no class in 0 of 1", "no class in 1 of 1"]
-    assert list(table.index) == ["Neural Cleanse", "TABOR"]
+    assert list(table.index) == ["Neural Cleanse", "TABOR", "DeepInspect"]
+    assert set(table.loc["DeepInspect"]) == {"not run"}
 
 
 def test_recorded_defences_make_tables():
