@@ -342,6 +342,8 @@ class Estimate:
     def add(self, record: dict) -> None:
         about = record["settings"]
         if "defence" in about:
+            if "seconds" not in record:  # not a cell's: notebook 12 keeps its runs there as well
+                return
             like = (about["victim"]["dataset"], about["defence"], about["defence_settings"])
             seconds = record["seconds"]
         else:

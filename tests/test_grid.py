@@ -280,6 +280,7 @@ def test_the_estimate_is_the_median_of_cells_like_it(runs):
     for seconds in (1.0, 100.0, 40.0):
         settings = {"victim": {"dataset": "folder"}, "defence": "finetune", "defence_settings": about}
         estimate.add({"settings": settings, "seconds": seconds})
+    estimate.add({"settings": settings, "points": []})  # a notebook's own record of the same defence
     assert estimate.seconds(CELLS[1]) == estimate.seconds(CELLS[4]) == 40
     assert estimate.seconds(FAILING) is estimate.seconds(CELLS[0]) is None  # other settings, no defence
     assert estimate.text([CELLS[1], CELLS[4]], workers=2) == "about 00:40 left"
