@@ -351,6 +351,7 @@ def _flags(defended):
 def test_the_flagged_trigger_is_patched_away(victims, data, trigger, function, settings):
     model, test = victims("badnets"), data["test"]
     before = weights(model)
+    settings = replace(settings, patch_epochs=10)  # 450 images are few steps in five
     defended = function(model, data["clean"], settings=settings, seed=0)
     evidence = defended.evidence
     assert same(model, before)
@@ -370,7 +371,7 @@ def test_the_flagged_trigger_is_patched_away(victims, data, trigger, function, s
         attack_success_rate(m, test.images, test.labels, trigger, TARGET, 10).value
         for m in (model, defended.model)
     ]
-    assert asr[0] > 0.95 and asr[1] < 0.5
+    assert asr[0] > 0.95 and asr[1] < 0.3
     acc = [accuracy(m, test.images, test.labels).value for m in (model, defended.model)]
     assert acc[1] > acc[0] - 0.05
 
