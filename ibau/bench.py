@@ -2,7 +2,7 @@
 
 What is compared is run in turn and repeatedly in one process, so that a busy machine slows all of it alike;
 given are median, smallest and largest, and the median of the ratios of neighbours. Writes the tables
-`figures/data/speed_*.csv`.
+`figures/data/speed_*.csv`; rows of other data sets stay in them.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from ibau.layers import cheapen
 from ibau.textbook import textbook
 from ibau.unlearning import IBAUSettings, InnerProblem, UnlearningError, unlearn
 
+TABLES = ("step", "round", "growth", "memory", "effect")
 FAST, PLAIN = "this package", "textbook"
 RECIPES = {  # what is timed until the backdoor is gone: settings, and whether hypergradients are textbook's
     "default": (IBAUSettings(), False),
@@ -57,20 +58,18 @@ def main(argv: list[str] | None = None) -> None:
         "effect": lambda: effects(victim, splits, repeats=n, recipes=list(RECIPES)[: 1 if quick else None]),
     }
     about = {k: v for k, v in experiments.provenance().items() if k != "ibau"}
-    for name, measure in tables.items():
-        table = measure()
+    for name in args.table or tables:
+        table = tables[name]()
         print(f"\n{name}\n{table.to_string(index=False)}", flush=True)
-        if name in ("step", "round", "effect"):
-            table.insert(0, "dataset", args.dataset)
-        file = folder / f"speed_{name}.csv"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        table.assign(**about).to_csv(file, index=False)
+        of_data = args.dataset if name in ("step", "round", "effect") else ""
+        write(table.assign(**about), folder / f"speed_{name}.csv", of_data)
 
 
 def _arguments(argv: list[str] | None):
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", default="mnist5k", help="default: mnist5k, which needs no folder")
     parser.add_argument("--data", default="", metavar="DIR", help="folder of the data set's images")
+    parser.add_argument("--table", nargs="+", default=[], choices=TABLES, help="only these; default: all")
     parser.add_argument("--repeats", type=int, default=3, help="of every comparison (default 3)")
     parser.add_argument("--quick", action="store_true", help="a short run that only shows that it runs")
     parser.add_argument("--out", default="", metavar="DIR", help="for the tables; default figures/data")
@@ -78,6 +77,17 @@ def _arguments(argv: list[str] | None):
     if args.repeats < 1:
         parser.error(f"--repeats is {args.repeats}; it must be at least 1")
     return args
+
+
+def write(table: pd.DataFrame, file: Path, dataset: str = "") -> None:
+    """Write a table; one of a data set takes the place of that data set's rows alone."""
+    if dataset:
+        table.insert(0, "dataset", dataset)
+        if file.exists():
+            before = pd.read_csv(file)
+            table = pd.concat([before[before["dataset"] != dataset], table])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(file, index=False)
 
 
 def stepper(

@@ -42,13 +42,21 @@ def test_a_short_run_writes_every_table(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.experiments, "profile", lambda *_: effort)
     monkeypatch.setenv("IBAU_RUNS", str(tmp_path / "runs"))
     bench.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
-    for name in ("step", "round", "growth", "memory", "effect"):
+    for name in bench.TABLES:
         table = pd.read_csv(tmp_path / f"speed_{name}.csv")
         assert len(table) >= 1
         assert {"device", "threads", "torch", "commit", "date"} <= set(table.columns)
     steps = pd.read_csv(tmp_path / "speed_step.csv")
     assert (steps["median"] > 0).all()
     assert (steps["difference"].dropna() < 1e-2).all()
+
+
+def test_a_table_keeps_the_rows_of_other_data_sets(tmp_path):
+    file = tmp_path / "speed_effect.csv"
+    for dataset, seconds in (("mnist5k", 3.0), ("cifar10", 2.0), ("mnist5k", 1.0)):
+        bench.write(pd.DataFrame([{"median": seconds}]), file, dataset)
+    table = pd.read_csv(file)
+    assert dict(zip(table["dataset"], table["median"], strict=True)) == {"cifar10": 2.0, "mnist5k": 1.0}
 
 
 def test_repeats_must_be_positive():
