@@ -15,10 +15,12 @@ from scipy import stats
 from ibau import experiments, grid, tables
 from ibau.tables import BASELINES, NEAR, OURS, over_seeds
 
+SIGHTED = [d.label for d in tables.DEFENCES.values() if d.sees == "clean"]  # who use clean images
 VERDICTS = HOLDS, PARTLY, FAILS, UNMEASURED = "holds", "holds in part", "does not hold", "not measured"
 NOTHING = UNMEASURED, "–"
 REAL = ("cifar10", "gtsrb")  # the paper's data sets; each at both of the profiles that are meant for them
 LEAST = 3  # baselines beside I-BAU on a model, victims, cells in common: with fewer nothing is compared
+MANY = 5  # attacks of the nine, on each data set, before a comparison over attacks holds
 CONFIDENCE = 0.95
 MATTERS = 1.0  # points of ASR or ACC; a smaller difference counts as none
 
@@ -161,16 +163,17 @@ def c6(found: Evidence) -> tuple[str, str]:
     """By DER, on models with I-BAU and at least 3 of the six baselines, beside the best of these.
 
     Holds where I-BAU is comparable, no more than 2 points lower, on 9 of 10 models, and higher on more than
-    half, with models of both data sets; in part where it is comparable on at least half.
+    half, with 5 of the 9 attacks or more on each data set; in part where it is comparable on at least half.
     """
     pairs = tables.beside_best(found.rows("single-target", "multi-target"), LEAST)
     if pairs.empty:
         return NOTHING
     near, higher = pairs["ours"] >= pairs["best"] - NEAR, pairs["ours"] > pairs["best"]
     run, asked = pairs["baselines"].sum(), len(pairs) * len(BASELINES)
-    said = f"DER comparable to the best baseline's on {near.sum()} of {len(pairs)} models"
+    said = f"DER comparable to the best baseline's on {near.sum()} of the {len(pairs)} models with baselines"
     said += f", higher on {higher.sum()} ({run} of {asked} baseline cells run)"
-    if near.mean() >= 0.9 and higher.mean() > 0.5 and set(pairs["dataset"]) == set(REAL):
+    attacks = pairs.groupby("dataset")["attack"].nunique().reindex(REAL, fill_value=0)
+    if near.mean() >= 0.9 and higher.mean() > 0.5 and (attacks >= MANY).all():
         return HOLDS, said
     return (PARTLY if near.mean() >= 0.5 else FAILS), said
 
@@ -186,11 +189,12 @@ def c7(found: Evidence) -> tuple[str, str]:
     """Along each axis (attack, poison ratio, clean set), the cells at the goal, of those that both ran.
 
     An axis is won where no baseline with at least 3 such cells has more of them than I-BAU. Holds where all
-    three axes are, in part where one is.
+    three axes are, in part where one is. Along the clean set only those count that use clean images.
     """
     won, said = [], []
     for axis, names in AXES.items():
-        ours, theirs = _at_goal(found.of(*names))
+        rows = found.of(*names)
+        ours, theirs = _at_goal(rows[rows["defence"].isin(SIGHTED)] if axis == "clean set" else rows)
         if theirs:
             label, (good, n) = max(theirs.items(), key=lambda item: (item[1][0] - ours[item[0]]) / item[1][1])
             won.append(all(good <= ours[name] for name, (good, _) in theirs.items()))
@@ -232,8 +236,7 @@ def c9(found: Evidence) -> tuple[str, str]:
     meets it on at least half, and on more than any baseline does of those that both ran.
     """
     few = found.of("clean-size")
-    sighted = [d.label for d in tables.DEFENCES.values() if d.sees == "clean" and d.label in BASELINES]
-    few = few[(few["clean"] == 100) & few["defence"].isin([OURS, *sighted])]
+    few = few[(few["clean"] == 100) & few["defence"].isin(SIGHTED)]
     ours, theirs = _at_goal(few)
     if not theirs:
         return NOTHING

@@ -306,11 +306,11 @@ def test_c6_compares_with_the_best_baseline_of_each_model():
         cells = [contest(der, dataset=sets[i % 2], attack=f"a{i}") for i, der in enumerate(ders)]
         return evidence(cells=sum(cells, []))
 
-    assert verdict("C6", found(91, 91, 88)) == HOLDS
-    assert verdict("C6", found(91, 88, 88)) == PARTLY  # comparable, not more often better
-    assert verdict("C6", found(91, 91, 87.9)) == PARTLY
+    assert verdict("C6", found(*[91] * 9, 88)) == HOLDS
+    assert verdict("C6", found(*[91] * 5, *[88] * 5)) == PARTLY  # comparable, not more often better
+    assert verdict("C6", found(*[91] * 8, 87.9, 87.9)) == PARTLY
     assert verdict("C6", found(91, 80, 80)) == FAILS
-    assert verdict("C6", found(91)) == PARTLY  # of one data set alone
+    assert verdict("C6", found(*[91] * 9)) == PARTLY  # four attacks on one data set are too few
     assert "9 of 18 baseline cells" in claims.c6(found(91, 91, 88))[1]
 
 
@@ -336,6 +336,8 @@ def test_c7_is_judged_axis_by_axis():
     assert verdict("C7", found((single, 3, 2))) == PARTLY  # two axes were not compared
     assert verdict("C7", found((single, 1, 2), (poison, 1, 2))) == FAILS
     assert "attack: I-BAU 3, NAD 2 of 4" in claims.c7(found((single, 3, 2)))[1]
+    blind = found((clean, 4, 0)).cells.replace({"defence": {"NAD": "DeepInspect"}})
+    assert verdict("C7", replace(evidence(), cells=blind)) == UNMEASURED  # it sees no clean image
 
 
 def timed(ours, *others, asr=5.0, **about):
