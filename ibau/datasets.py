@@ -20,7 +20,6 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -34,6 +33,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
+
+from ibau.models import whole_file
 
 
 class DataError(Exception):
@@ -663,17 +664,12 @@ def _write_cache(path: Path, stamp: str, whole: _Whole, fingerprint: str) -> Non
         "test_labels": whole.test.labels,
     }
     metadata = {"stamp": stamp, "classes": json.dumps(whole.classes), "fingerprint": fingerprint}
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata)
-        os.replace(part, path)
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, metadata)
     except (OSError, SafetensorError) as error:
         warnings.warn(
             f"cannot keep decoded images in {path} ({error}); they will be decoded again next time. "
             "Set IBAU_CACHE to a folder with space",
             stacklevel=4,  # the call of load
         )
-    finally:
-        with suppress(OSError):  # after the renaming it is gone
-            part.unlink()

@@ -15,7 +15,6 @@ import os
 import platform
 import socket
 import subprocess
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -436,7 +435,8 @@ def _write_defended(about: dict, attacked: Victim, result: Defended, watch: _Wat
     models.save(result.model, kept(record, ".safetensors"), about)
     if result.tensors:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in result.tensors.items()}
-        save_file(tensors, kept(record, ".tensors"))
+        with models.whole_file(kept(record, ".tensors")) as temporary:
+            save_file(tensors, temporary)
     return write_record(kept(record, ".json"), record)
 
 
@@ -565,16 +565,8 @@ def _checksum(record: dict) -> str:
 
 def write_json(path: Path, content: dict) -> Path:
     """Write `content` so that the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with models.whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 
 

@@ -75,8 +75,7 @@ class Given:
                 state[key] = new.contiguous()
         content = state if self.wrapper is None else {**self.content, self.wrapper: state}
         try:
-            with models.whole_file(path) as temporary:
-                shutil.copymode(self.path, temporary)
+            with models.whole_file(path, like=self.path) as temporary:
                 if path.suffix == ".safetensors":
                     save_file(content, temporary, models.read_metadata(self.path) or None)
                 else:

@@ -8,10 +8,11 @@ import copy
 import json
 import os
 import pickle
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_IMODE
+from uuid import uuid4
 
 import torch
 import torch.nn.functional as F
@@ -162,20 +163,23 @@ def save(model: nn.Module, path: str | Path, settings: dict | None = None) -> Pa
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, like: Path | None = None) -> Iterator[Path]:
     """A temporary file beside `path`, which takes its place at the end: readers see the old file or the new.
 
-    After an error it is removed; a killed process leaves it behind under a hidden name.
+    After an error it is removed; a killed process leaves it behind under a hidden name. Who may read it is up
+    to the umask, or as with the file `like`, whatever the library that writes it (safetensors) makes of that.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        yield Path(temporary)
+        temporary.touch(exist_ok=False)
+        mode = S_IMODE((like or temporary).stat().st_mode)
+        yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -253,8 +252,7 @@ def as_html(page):
     from ibau.models import whole_file
 
     text, _ = HTMLExporter().from_filename(str(page))
-    with whole_file(page.with_suffix(".html")) as temporary:
-        shutil.copymode(page, temporary)
+    with whole_file(page.with_suffix(".html"), like=page) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return page.with_suffix(".html")
 

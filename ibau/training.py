@@ -6,7 +6,6 @@ autocast: `make bench-training` measures what each buys on the machine at hand.
 """
 
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ibau.datasets import ImageSet
-from ibau.models import device_of, takes_channels_last
+from ibau.models import device_of, takes_channels_last, whole_file
 
 AUGMENTS = ("none", "crop", "crop-flip")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -180,12 +179,9 @@ def _epoch(
 
 
 def _save_checkpoint(path: str | Path, model, optimizer, run: dict, history: list[dict]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "run": run, "history": history}
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _resume(model, optimizer, path: str | Path | None, run: dict) -> list[dict]:

@@ -656,6 +656,17 @@ def test_runs_dir_follows_the_environment(tmp_path, monkeypatch, root):
     assert experiments.runs_dir() == (root if (root / "notebooks").is_dir() else tmp_path) / "runs"
 
 
+def test_what_is_written_is_as_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "a.json", {})
+        models.save(torch.nn.Linear(1, 1), tmp_path / "a.safetensors")
+        Trigger("t", "add", torch.zeros(3, 2, 2), torch.zeros(1, 2, 2)).save(tmp_path / "a.trigger")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o640}
+
+
 def test_write_json_writes_whole_files_only(tmp_path, monkeypatch):
     path = write_json(tmp_path / "new" / "a.json", {"version": 1})
     assert json.loads(path.read_text()) == {"version": 1}

@@ -9,6 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ibau.models import whole_file
+
 MODES = ("add", "replace", "blend")
 
 
@@ -63,14 +65,14 @@ class Trigger:
 
     def save(self, path: str | Path) -> None:
         """Write pattern and mask as plain arrays (safetensors), the rest into the file's metadata."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         metadata = {
             "name": self.name,
             "mode": self.mode,
             "settings": json.dumps(self.settings, sort_keys=True),
         }
         arrays = {"pattern": self.pattern.contiguous(), "mask": self.mask.contiguous()}
-        save_file(arrays, path, metadata=metadata)
+        with whole_file(path) as temporary:
+            save_file(arrays, temporary, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "Trigger":
