@@ -67,6 +67,17 @@ def _add_grid(commands):
     command.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default 1)")
     command.add_argument("--attack", nargs="+", default=[], metavar="NAME", help="only these")
     command.add_argument("--defence", nargs="+", default=[], metavar="NAME", help="only these")
+    command.add_argument(
+        "--ratio",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="SHARE",
+        help="only these poisoned shares, as 0.05",
+    )
+    command.add_argument(
+        "--size", nargs="+", type=int, default=[], metavar="N", help="only with so many clean images"
+    )
     where = command.add_mutually_exclusive_group()
     where.add_argument(
         "--jobs", type=int, metavar="N", help="N cells at a time, each in a process of its own"
@@ -143,7 +154,14 @@ def _grid(args):
     data_dir = str(Path(args.data).resolve()) if args.data else ""
     try:
         cells = grid.choose(
-            args.table, args.profile, args.dataset, args.seeds, attacks=args.attack, only=args.defence
+            args.table,
+            args.profile,
+            args.dataset,
+            args.seeds,
+            attacks=args.attack,
+            only=args.defence,
+            ratios=args.ratio,
+            sizes=args.size,
         )
         if args.dry_run:
             print(grid.overview(cells, data_dir))

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ibau.models import whole_file
+from ibau.files import whole_file
 
 
 class DataError(Exception):

@@ -44,6 +44,7 @@ from ibau.attacks import (
 )
 from ibau.datasets import ImageSet, Splits
 from ibau.defences.protocol import Defence, Defended
+from ibau.files import whole_file
 from ibau.training import TrainSettings, train
 
 FORMAT = 2  # raise when records or victims of older code should not be taken for new ones
@@ -435,7 +436,7 @@ def _write_defended(about: dict, attacked: Victim, result: Defended, watch: _Wat
     models.save(result.model, kept(record, ".safetensors"), about)
     if result.tensors:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in result.tensors.items()}
-        with models.whole_file(kept(record, ".tensors")) as temporary:
+        with whole_file(kept(record, ".tensors")) as temporary:
             save_file(tensors, temporary)
     return write_record(kept(record, ".json"), record)
 
@@ -565,7 +566,7 @@ def _checksum(record: dict) -> str:
 
 def write_json(path: Path, content: dict) -> Path:
     """Write `content` so that the file appears whole or not at all."""
-    with models.whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 

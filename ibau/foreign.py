@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ibau import models
 from ibau.datasets import DataError, Folder, ImageSet
+from ibau.files import whole_file
 from ibau.models import ModelError
 
 NORMALIZE = {"imagenet": "0.485,0.456,0.406/0.229,0.224,0.225"}
@@ -75,7 +76,7 @@ class Given:
                 state[key] = new.contiguous()
         content = state if self.wrapper is None else {**self.content, self.wrapper: state}
         try:
-            with models.whole_file(path, like=self.path) as temporary:
+            with whole_file(path, like=self.path) as temporary:
                 if path.suffix == ".safetensors":
                     save_file(content, temporary, models.read_metadata(self.path) or None)
                 else:

@@ -123,11 +123,14 @@ def choose(
     first: int = 0,
     attacks: Sequence[str] = (),
     only: Sequence[str] = (),
+    ratios: Sequence[float] = (),
+    sizes: Sequence[int] = (),
 ) -> list[Cell]:
     """The cells of these tables with `seeds` seeds from `first` on, each once; no table: of all.
 
     `attacks` and `only`, if any are named, leave out the cells of other attacks and other defences; "none" is
-    among both. Raises GridError for an unknown name.
+    among both. `ratios`, poisoned shares in (0, 1), and `sizes`, numbers of clean images, do the same. Raises
+    GridError for a name, ratio or size that no cell of the tables has.
     """
     _check("table", tables, TABLES)
     _check("attack", attacks, (NONE, *ATTACKS))
@@ -136,17 +139,24 @@ def choose(
         raise GridError(f"{seeds} seeds; there must be at least 1")
     chosen = range(first, first + seeds)
     cells = [cell for name in tables or TABLES for cell in TABLES[name](profile, dataset, chosen)]
+    _check(
+        "poison ratio", ratios, sorted({cell.victim.poison_ratio for cell in cells if cell.victim.attacks})
+    )
+    _check("clean size", sizes, sorted({cell.clean_size for cell in cells if cell.clean_size}))
     return [
         cell
         for cell in dict.fromkeys(cells)
-        if (not attacks or cell.victim.attack in attacks) and (not only or cell.defence in only)
+        if (not attacks or cell.victim.attack in attacks)
+        and (not only or cell.defence in only)
+        and (not ratios or cell.victim.poison_ratio in ratios)
+        and (not sizes or cell.clean_size in sizes)
     ]
 
 
-def _check(what: str, names: Sequence[str], valid: Iterable[str]) -> None:
-    for name in names:
-        if name not in valid:
-            raise GridError(f"no {what} {name!r}; there are {', '.join(valid)}")
+def _check(what: str, given: Sequence, valid: Iterable) -> None:
+    for one in given:
+        if one not in valid:
+            raise GridError(f"no {what} {one!r}; there are {', '.join(map(str, valid))}")
 
 
 def _against(labels: Sequence[str], profile: str, dataset: str, seeds: Sequence[int], **other) -> list[Cell]:

@@ -6,19 +6,16 @@ normalised inputs carries the normalisation as its first layer, so triggers alwa
 
 import copy
 import json
-import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from stat import S_IMODE
-from uuid import uuid4
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ibau.files import whole_file
 
 SMALL_VGG_PLAN = (32, 32, "M", 64, 64, "M", 128, 128, "M")
 SMALL_VGG_DROPOUT = (0.3, 0.4, 0.4)
@@ -160,27 +157,6 @@ def save(model: nn.Module, path: str | Path, settings: dict | None = None) -> Pa
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata={"settings": json.dumps(settings or {}, sort_keys=True)})
     return Path(path)
-
-
-@contextmanager
-def whole_file(path: str | Path, like: Path | None = None) -> Iterator[Path]:
-    """A temporary file beside `path`, which takes its place at the end: readers see the old file or the new.
-
-    After an error it is removed; a killed process leaves it behind under a hidden name. Who may read it is up
-    to the umask, or as with the file `like`, whatever the library that writes it (safetensors) makes of that.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        temporary.touch(exist_ok=False)
-        mode = S_IMODE((like or temporary).stat().st_mode)
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_settings(path: str | Path) -> dict:

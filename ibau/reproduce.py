@@ -249,7 +249,7 @@ def as_html(page):
         from nbconvert import HTMLExporter
     except ImportError:  # comes with jupyterlab
         return page
-    from ibau.models import whole_file
+    from ibau.files import whole_file
 
     text, _ = HTMLExporter().from_filename(str(page))
     with whole_file(page.with_suffix(".html"), like=page) as temporary:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ibau.datasets import ImageSet
-from ibau.models import device_of, takes_channels_last, whole_file
+from ibau.files import whole_file
+from ibau.models import device_of, takes_channels_last
 
 AUGMENTS = ("none", "crop", "crop-flip")
 PRECISIONS = ("auto", "float32", "bfloat16")

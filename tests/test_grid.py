@@ -165,6 +165,10 @@ def test_cells_are_chosen_by_name():
     assert [(cell.victim.attack, cell.defence, cell.seed) for cell in few] == [
         ("badnets", defence, seed) for seed in (0, 1) for defence in (NONE, "ibau")
     ]
+    least = grid.choose(["poison-ratio"], "quick", attacks=["blend"], only=["ibau"], ratios=[0.01, 0.005])
+    assert [cell.victim.poison_ratio for cell in least] == [0.005, 0.01]
+    sizes = grid.choose(["clean-size"], "quick", attacks=["blend"], only=["ibau"], sizes=[100, 250])
+    assert [cell.clean_size for cell in sizes] == [250, 100]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +178,8 @@ def test_cells_are_chosen_by_name():
         ({"attacks": ["wanet"]}, "no attack 'wanet'; there are none, badnets"),
         ({"only": ["anp"]}, "no defence 'anp'; there are none, "),
         ({"seeds": 0}, "0 seeds"),
+        ({"ratios": [0.2, 5.0]}, r"no poison ratio 5.0; there are 0.005, 0.01, .*0.2$"),
+        ({"sizes": [5000]}, "no clean size 5000; there are 100, 250, 500$"),
     ],
 )
 def test_names_that_do_not_exist_are_refused(bad, message):
