@@ -17,6 +17,7 @@ from ibau.training import autocast, to_float
 
 SUSPICIOUS = 3.5  # an index above it: the usual cut for modified z-scores (Iglewicz and Hoaglin 1993)
 SPREAD = 0.25  # the least spread of log norms, so that a suspicious class is easier by at least a factor 2.4
+ROOM = 1.4  # the radius of I-BAU's additive perturbation over the median class's norm, see `radius_from`
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,16 @@ def _search(model, x: Tensor, y: Tensor, targets: Tensor, settings: SearchSettin
         radius = torch.where(reached, torch.minimum(radius, length) * settings.shrink, radius * factor)
         delta = torch.stack([project_l2(d, r) for d, r in zip(delta, radius.tolist(), strict=True)])
     return best.cpu(), torch.where(norms.isinf(), tried, norms).cpu(), norms.isfinite().cpu()
+
+
+def radius_from(norms: Tensor, most: float) -> float:
+    """C, the l2 radius of I-BAU's additive perturbation, for a model whose classes take `norms` to reach.
+
+    1.4 times their median, at most `most`: room enough for any class, a trigger's among them. In a ball many
+    times that size every direction fools the model, and the worst of them says nothing of a backdoor. 1.4 is
+    what the default radius of 10 comes to on the digits' clean model, which needs 7.
+    """
+    return min(most, ROOM * norms.quantile(0.5).item())
 
 
 def _unit(deltas: Tensor) -> Tensor:

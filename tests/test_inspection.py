@@ -15,6 +15,7 @@ from ibau.inspection import (
     likely_target,
     moved_share,
     radius_for,
+    radius_from,
     smallest_perturbations,
 )
 from ibau.metrics import Rate
@@ -123,6 +124,13 @@ def test_moved_share_counts_only_images_of_other_classes():
 def test_a_radius_scales_with_the_side_of_the_image():
     assert radius_for(torch.zeros(1, 3, 32, 32), 10) == 10
     assert radius_for(torch.zeros(1, 3, 224, 224), 10) == pytest.approx(70)
+
+
+def test_the_radius_follows_the_median_class_up_to_a_limit():
+    norms = torch.tensor([0.1, 2.0, 1.0, 3.0, 90.0])
+    assert radius_from(norms, most=10) == pytest.approx(2.8), "a backdoor's norm does not move it"
+    assert radius_from(norms / 2, most=10) == pytest.approx(1.4)
+    assert radius_from(10 * norms, most=10) == 10
 
 
 def test_easiness_is_high_for_a_low_outlier_alone():
