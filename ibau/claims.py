@@ -178,23 +178,24 @@ def c6(found: Evidence) -> tuple[str, str]:
     return (PARTLY if near.mean() >= 0.5 else FAILS), said
 
 
-AXES = {
-    "attack": ("single-target", "multi-target"),
-    "poison": ("poison-ratio",),
-    "clean set": ("clean-size",),
+AXES = {  # axis -> its tables, and the column in which it runs
+    "attack": (("single-target", "multi-target"), "attack"),
+    "poison": (("poison-ratio",), "ratio"),
+    "clean set": (("clean-size",), "clean"),
 }
 
 
 def c7(found: Evidence) -> tuple[str, str]:
     """Along each axis (attack, poison ratio, clean set), the cells at the goal, of those that both ran.
 
-    An axis is won where no baseline with at least 3 such cells has more of them than I-BAU. Holds where all
-    three axes are, in part where one is. Along the clean set only those count that use clean images.
+    An axis is won where no baseline with at least 3 such cells, not all at one point of the axis, has more of
+    them than I-BAU. Holds where all three axes are, in part where one is. Along the clean set only those
+    count that use clean images.
     """
     won, said = [], []
-    for axis, names in AXES.items():
+    for axis, (names, along) in AXES.items():
         rows = found.of(*names)
-        ours, theirs = _at_goal(rows[rows["defence"].isin(SIGHTED)] if axis == "clean set" else rows)
+        ours, theirs = _at_goal(rows[rows["defence"].isin(SIGHTED)] if axis == "clean set" else rows, along)
         if theirs:
             label, (good, n) = max(theirs.items(), key=lambda item: (item[1][0] - ours[item[0]]) / item[1][1])
             won.append(all(good <= ours[name] for name, (good, _) in theirs.items()))
@@ -211,7 +212,7 @@ def c8(found: Evidence) -> tuple[str, str]:
     """Seconds of the fastest baseline that meets the goal over I-BAU's, a ratio a single-target model.
 
     Whole runs, on one kind of device with the same number of threads. Holds where the median is at least 13,
-    the paper's figure; in part where it is above 1.
+    the paper's figure; in part where it is at least 2: what else a machine does makes less of a difference.
     """
     times = tables.ratios(found.rows("single-target"))
     times = times[times["defence"].isin(BASELINES) & (times["attack"] != "clean")]
@@ -226,7 +227,7 @@ def c8(found: Evidence) -> tuple[str, str]:
     spread = f"{min(effective):.1f} to {max(effective):.1f} on {len(effective)} models"
     said = f"the fastest baseline at the goal takes {middle:.1f} times as long ({spread})"
     said += f"; the fastest of all {median(of_all):.1f}"
-    return (HOLDS if middle >= 13 else PARTLY if middle > 1 else FAILS), said
+    return (HOLDS if middle >= 13 else PARTLY if middle >= 2 else FAILS), said
 
 
 def c9(found: Evidence) -> tuple[str, str]:
@@ -250,10 +251,11 @@ def c9(found: Evidence) -> tuple[str, str]:
     return (PARTLY if good >= n / 2 and ahead else FAILS), said
 
 
-def _at_goal(means: pd.DataFrame) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+def _at_goal(means: pd.DataFrame, along: str = "") -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
     """Cells at the goal, of those (at least 3) that I-BAU and a baseline ran: I-BAU's, and (its, of all).
 
-    A dict each, by the baseline's label. Clean models do not count.
+    A dict each, by the baseline's label. Clean models do not count; nor do baselines whose cells all have the
+    same value in the column `along`.
     """
     which = ["profile", "dataset", "attack", "ratio", "clean"]
     done = means[means["run"] & (means["attack"] != "clean")]
@@ -262,7 +264,8 @@ def _at_goal(means: pd.DataFrame) -> tuple[dict[str, int], dict[str, tuple[int, 
     for label in BASELINES:
         if OURS in wide and label in wide:
             both = wide[[OURS, label]].dropna()
-            if len(both) >= LEAST:
+            varies = not along or len(both.index.unique(along)) > 1
+            if len(both) >= LEAST and varies:
                 ours[label], theirs[label] = int(both[OURS].sum()), (int(both[label].sum()), len(both))
     return ours, theirs
 

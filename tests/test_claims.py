@@ -314,11 +314,12 @@ def test_c6_compares_with_the_best_baseline_of_each_model():
     assert "9 of 18 baseline cells" in claims.c6(found(91, 91, 88))[1]
 
 
-def axis(table, ours, theirs, n=4):
+def axis(table, ours, theirs, n=4, **fixed):
     """Cells of n models: how many of them each gets to the goal."""
     cells = []
     for i in range(n):
-        about = {"attack": f"a{i}", "clean": 100} if table == "clean-size" else {"attack": f"a{i}"}
+        varied = {"poison-ratio": {"ratio": 5.0 + i}, "clean-size": {"clean": 100 + i}}.get(table, {})
+        about = {"attack": f"a{i}", **varied, **fixed}
         cells += [
             row(asr=5.0 if i < ours else 90.0, **about),
             row("NAD", asr=5.0 if i < theirs else 90.0, **about),
@@ -336,6 +337,8 @@ def test_c7_is_judged_axis_by_axis():
     assert verdict("C7", found((single, 3, 2))) == PARTLY  # two axes were not compared
     assert verdict("C7", found((single, 1, 2), (poison, 1, 2))) == FAILS
     assert "attack: I-BAU 3, NAD 2 of 4" in claims.c7(found((single, 3, 2)))[1]
+    one_ratio = replace(evidence(), cells=axis(poison, 4, 0, ratio=20.0))
+    assert verdict("C7", one_ratio) == UNMEASURED  # nothing varies along that axis
     blind = found((clean, 4, 0)).cells.replace({"defence": {"NAD": "DeepInspect"}})
     assert verdict("C7", replace(evidence(), cells=blind)) == UNMEASURED  # it sees no clean image
 
@@ -348,7 +351,7 @@ def timed(ours, *others, asr=5.0, **about):
 def test_c8_takes_the_fastest_baseline_that_works():
     assert verdict("C8", evidence(cells=timed(1.0, 13.0, 20.0, 30.0))) == HOLDS
     assert verdict("C8", evidence(cells=timed(1.0, 12.9, 20.0, 30.0))) == PARTLY
-    assert verdict("C8", evidence(cells=timed(1.0, 1.0, 20.0, 30.0))) == FAILS
+    assert verdict("C8", evidence(cells=timed(1.0, 1.9, 20.0, 30.0))) == FAILS
     useless = timed(1.0, 0.5, 20.0, 30.0)
     useless[1]["asr"] = 99.0  # the fastest one removes nothing
     answer, number = claims.c8(evidence(cells=useless))
@@ -360,7 +363,7 @@ def test_c8_takes_the_fastest_baseline_that_works():
 
 def test_c9_wants_every_baseline_to_fail():
     def found(ours, theirs):
-        return replace(evidence(), cells=axis("clean-size", ours, theirs))
+        return replace(evidence(), cells=axis("clean-size", ours, theirs, clean=100))
 
     assert verdict("C9", found(4, 0)) == HOLDS
     assert verdict("C9", found(4, 1)) == PARTLY
@@ -370,7 +373,7 @@ def test_c9_wants_every_baseline_to_fail():
 
 
 def test_c9_asks_nothing_of_defences_that_see_no_clean_images():
-    blind = axis("clean-size", 4, 4).replace({"defence": {"NAD": "DP-SGD"}})
+    blind = axis("clean-size", 4, 4, clean=100).replace({"defence": {"NAD": "DP-SGD"}})
     assert verdict("C9", replace(evidence(), cells=blind)) == UNMEASURED
 
 
