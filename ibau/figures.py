@@ -598,10 +598,46 @@ def draw_rounds(records: list[dict], path: Path) -> None:
         for j, record in enumerate(same):
             plot_rounds(ax, record, legend=i == j == 0)
         ax.set_title(f"{name}, {max(sizes):,} clean images, {len(same)} model{'s' * (len(same) > 1)}")
-    mpl.rcParams["svg.hashsalt"] = "ibau"  # the same picture gives the same file
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """As PNG and SVG; the same picture gives the same file."""
+    mpl.rcParams["svg.hashsalt"] = "ibau"
     figure.savefig(path.with_suffix(".png"), dpi=150)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
+
+
+def draw_tables(folder: Path) -> list[str]:
+    """The tables recorded on real images, a figure each; returns the names, such as single_target_cifar10.
+
+    Of the paper profile where it was run, else of desk. A table that runs along a column is drawn where
+    baselines that use clean images were run at two of its values or more.
+    """
+    style()
+    drawn, sighted = {}, set(claims.SIGHTED) & set(tables.BASELINES)
+    for dataset in ("cifar10", "gtsrb"):
+        for table in grid.TABLES:
+            for profile, rows in list(tables.recorded_at(table, dataset).items())[:1]:
+                name, title = f"{table.replace('-', '_')}_{dataset}", f"{dataset}, {profile}"
+                along = {"poison-ratio": "ratio", "clean-size": "clean"}.get(table)
+                if along is None:
+                    drawn[name] = _pair(plot_cells, rows, title, 1.5 + 0.3 * rows["attack"].nunique())
+                elif rows[rows["run"] & rows["defence"].isin(sighted)][along].nunique() > 1:
+                    drawn[name] = plot_attacks_along(rows, along, title)
+                if table == "single-target":
+                    drawn[f"seconds_{dataset}"] = _pair(plot_seconds, rows, title, 2.9)
+    for name, figure in drawn.items():
+        _save(figure, folder / name)
+    return list(drawn)
+
+
+def _pair(plot, rows: pd.DataFrame, title: str, height: float) -> Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, height))
+    plot(axes, rows)
+    figure.suptitle(title, fontsize="medium")
+    return figure
 
 
 # ---- defences
@@ -792,6 +828,21 @@ def plot_along(axes, rows: pd.DataFrame, along: str):
     return axes
 
 
+def plot_attacks_along(rows: pd.DataFrame, along: str, title: str) -> Figure:
+    """`plot_along` for each attack of a `tables.frame`, side by side."""
+    attacks = list(rows.groupby("attack", sort=False))
+    figure, axes = plt.subplots(
+        2, len(attacks), figsize=(3.5 * len(attacks), 4.6), sharex=True, sharey="row", squeeze=False
+    )
+    for pair, (attack, same) in zip(axes.T, attacks, strict=True):
+        plot_along(pair, same, along)
+        pair[0].set_title(f"{title}: {attack}", fontsize="small")
+    for ax in axes[:, 1:].flat:
+        ax.set_ylabel("")
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    return figure
+
+
 def plot_seconds(axes, rows: pd.DataFrame):
     """What each defence took, from a `tables.frame`: seconds, and seconds over I-BAU's on the same model.
 
@@ -827,4 +878,5 @@ def plot_seconds(axes, rows: pd.DataFrame):
 
 if __name__ == "__main__":
     draw_rounds(usual(experiments.recorded(defence="ibau")), experiments.figures_dir() / "rounds")
+    draw_tables(experiments.figures_dir())
     write_readme(experiments.figures_dir().parent / "README.md")

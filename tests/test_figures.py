@@ -582,6 +582,15 @@ def test_lines_have_gaps_and_name_what_was_not_run(axes, cells_of):
     assert [text.get_text() for text in axes[3].get_xticklabels()] == ["100", "250", "500"]
 
 
+def test_the_figures_are_those_of_the_records(tmp_path):
+    names = figures.draw_tables(tmp_path)
+    assert "single_target_cifar10" in names and "seconds_gtsrb" in names
+    wanted = {f"{name}.{kind}" for name in (*names, "rounds") for kind in ("png", "svg")}
+    assert {path.name for path in tmp_path.iterdir()} | {"rounds.png", "rounds.svg"} == wanted
+    kept = experiments.figures_dir()
+    assert {path.name for path in kept.glob("*.*g")} == wanted, "run `make figures`"
+
+
 def test_seconds_are_bars_and_ratios_dots(axes, cells_of):
     rows = cells_of("single-target", unrun=["NAD"])
     rows.loc[rows["defence"] == "TABOR", "seconds"] = 60.0
