@@ -839,7 +839,11 @@ def plot_attacks_along(rows: pd.DataFrame, along: str, title: str) -> Figure:
         pair[0].set_title(f"{title}: {attack}", fontsize="small")
     for ax in axes[:, 1:].flat:
         ax.set_ylabel("")
-    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    ran = set(rows[rows["run"]]["defence"])
+    lines, labels = axes[0, -1].get_legend_handles_labels()
+    labels = [label.removesuffix(" (not run)") for label in labels]
+    labels = [label if label in ran else f"{label} (not run)" for label in labels]
+    axes[0, -1].legend(lines, labels, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     return figure
 
 

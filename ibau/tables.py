@@ -247,6 +247,16 @@ def beside_best(rows: pd.DataFrame, least: int = 3) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=[*models, "ours", "best", "name", "baselines"])
 
 
+def where_run(rows: pd.DataFrame, along: str) -> tuple[pd.DataFrame, list]:
+    """The `frame`'s rows at those values of a column where any defence was run, and the other values.
+
+    Defences without clean images do not count: what they did at one size of the clean set stands at all.
+    """
+    sighted = [defence.label for defence in DEFENCES.values() if defence.sees == "clean"]
+    there = set(rows[rows["seconds"].notna() & rows["defence"].isin(sighted)][along])
+    return rows[rows[along].isin(there)], sorted(set(rows[along]) - there)
+
+
 def ratios(rows: pd.DataFrame) -> pd.DataFrame:
     """Seconds of each defence over I-BAU's, `times`, on the same model, seed, and kind of device and threads.
 

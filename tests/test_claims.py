@@ -155,6 +155,13 @@ def test_ratios_compare_the_same_model_and_device_only():
     assert times["good"].to_dict() == {OURS: True, "NAD": False}
 
 
+def test_values_at_which_nothing_was_run_are_told_apart():
+    blind = [row("DeepInspect", clean=size) for size in (100, 250, 5000)]
+    frame = rows(row(clean=5000), row("NAD", clean=100), missing(clean=250), *blind)
+    ran, left = tables.where_run(frame, "clean")
+    assert left == [250] and set(ran["clean"]) == {100, 5000} and len(ran) == 4
+
+
 def test_words_hold_the_frames_numbers():
     frame = rows(row(), row("NAD", asr=50.0), missing(defence="TABOR"))
     words = tables.in_words(frame)

@@ -582,6 +582,18 @@ def test_lines_have_gaps_and_name_what_was_not_run(axes, cells_of):
     assert [text.get_text() for text in axes[3].get_xticklabels()] == ["100", "250", "500"]
 
 
+def test_a_defence_that_any_attack_met_was_run(cells_of):
+    rows = cells_of("poison-ratio", unrun=["DP-SGD"])
+    rows.loc[(rows["defence"] == "NAD") & (rows["attack"] == "l2-inv"), ["run", "seconds", "acc", "asr"]] = (
+        False,
+        *[math.nan] * 3,
+    )
+    figure = figures.plot_attacks_along(rows, "ratio", "here")
+    labels = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
+    assert "NAD" in labels and "DP-SGD (not run)" in labels
+    plt.close(figure)
+
+
 def test_the_figures_are_those_of_the_records(tmp_path):
     names = figures.draw_tables(tmp_path)
     assert "single_target_cifar10" in names and "seconds_gtsrb" in names

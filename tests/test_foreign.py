@@ -468,8 +468,10 @@ def test_what_the_notebook_refuses_is_one_sentence_too(tmp_path, photos, capsys)
     before = sorted(tmp_path.rglob("*"))
     call = ["clean", "--checkpoint", str(path), "--architecture", "torchvision:resnet18"]
     assert cli.main([*call, "--clean-dir", str(photos)]) == 2
+    assert cli.main([*call, "--clean-dir", str(photos), "--radius", "-1"]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "does not fit ResNet; missing: conv1.weight" in said[0]
+    assert len(said) == 2 and "does not fit ResNet; missing: conv1.weight" in said[0]
+    assert "radius is -1 and rounds 0; they must be positive" in said[1]
     assert sorted(tmp_path.rglob("*")) == before
 
 
