@@ -16,20 +16,23 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ibau import datasets, experiments, metrics, models, unlearning
+from ibau import datasets, experiments, grid, metrics, models, unlearning
 from ibau.defences.protocol import STATM, PeakMemory
 from ibau.hypergradient import Hypergradient
 from ibau.layers import cheapen
 from ibau.textbook import textbook
 from ibau.unlearning import IBAUSettings, InnerProblem, UnlearningError, unlearn
 
-TABLES = ("step", "round", "growth", "memory", "effect")
+TABLES = ("step", "round", "growth", "memory", "effect", "workers")
 FAST, PLAIN = "this package", "textbook"
 RECIPES = {  # what is timed until the backdoor is gone: settings, and whether hypergradients are textbook's
     "default": (IBAUSettings(), False),
@@ -56,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         "growth": lambda: growth(repeats=n, quick=quick),
         "memory": lambda: memory(width=effort.width, Ks=(5,) if quick else (0, 5)),
         "effect": lambda: effects(victim, splits, repeats=n, recipes=list(RECIPES)[: 1 if quick else None]),
+        "workers": lambda: workers(repeats=n, cells=2 if quick else 4),
     }
     about = {k: v for k, v in experiments.provenance().items() if k != "ibau"}
     for name in args.table or tables:
@@ -244,6 +248,42 @@ def memory(*, width: float, Ks=(0, 5)) -> pd.DataFrame:
                 rows.append(
                     {"K": K, "variant": how, "peak_mb": pool.submit(_memory_of, how, K, width).result()}
                 )
+    return pd.DataFrame(rows)
+
+
+def workers(*, repeats: int, cells: int) -> pd.DataFrame:
+    """Seconds that cells take in this process, and on two Dask workers of one thread each, over TCP.
+
+    A cell fine-tunes one quick victim, each time with another seed. The workers have computed some before the
+    clock starts. This process takes one thread, then as many as torch takes by itself.
+    """
+    from distributed import LocalCluster
+
+    victim = experiments.standard_victims(experiments.profile("quick", ""))["BadNets"]
+    settings = grid.settings_for("finetune", "quick", victim.dataset)
+    seeds, threads, rows = count(), torch.get_num_threads(), []
+
+    def compute(executor=None, most: int = threads) -> None:
+        todo = [grid.Cell(victim, "finetune", settings, None, next(seeds)) for _ in range(cells)]
+        torch.set_num_threads(most)
+        done = grid.run(todo, executor)["done"]
+        torch.set_num_threads(threads)
+        if done < cells:
+            raise RuntimeError(f"{cells - done} of {cells} cells failed: {grid.failure_of(todo[-1])}")
+
+    with TemporaryDirectory() as runs, patch.dict(os.environ, IBAU_RUNS=runs):
+        compute()  # trains the victim, too
+        with (
+            LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
+            grid.executor(scheduler=cluster.scheduler_address) as (executor, _),
+        ):
+            compute(executor)
+            for most in sorted({1, threads}):
+                pair = {
+                    "two Dask workers": lambda: compute(executor),
+                    "this process": lambda most=most: compute(most=most),
+                }
+                rows += _compared({"cells": cells, "threads_here": most}, pair, repeats)
     return pd.DataFrame(rows)
 
 
