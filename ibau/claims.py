@@ -13,9 +13,8 @@ import pandas as pd
 from scipy import stats
 
 from ibau import experiments, grid, tables
-from ibau.tables import BASELINES, NEAR, OURS, over_seeds
+from ibau.tables import BASELINES, NEAR, OURS, SIGHTED, over_seeds
 
-SIGHTED = [d.label for d in tables.DEFENCES.values() if d.sees == "clean"]  # who use clean images
 VERDICTS = HOLDS, PARTLY, FAILS, UNMEASURED = "holds", "holds in part", "does not hold", "not measured"
 NOTHING = UNMEASURED, "–"
 REAL = ("cifar10", "gtsrb")  # the paper's data sets; each at both of the profiles that are meant for them

@@ -616,7 +616,7 @@ def draw_tables(folder: Path) -> list[str]:
     baselines that use clean images were run at two of its values or more.
     """
     style()
-    drawn, sighted = {}, set(claims.SIGHTED) & set(tables.BASELINES)
+    drawn, sighted = {}, set(tables.SIGHTED) & set(tables.BASELINES)
     for dataset in ("cifar10", "gtsrb"):
         for table in grid.TABLES:
             for profile, rows in list(tables.recorded_at(table, dataset).items())[:1]:

@@ -15,6 +15,7 @@ from ibau.experiments import VictimSettings
 UNDEFENDED = "none"  # the label of the column without a defence
 OURS, CONTROL = DEFENCES["ibau"].label, DEFENCES["finetune"].label
 BASELINES = tuple(d.label for d in DEFENCES.values() if d.label not in (OURS, CONTROL))  # the paper's six
+SIGHTED = tuple(d.label for d in DEFENCES.values() if d.sees == "clean")  # who use clean images
 
 # What is asked for: at most so many points of ACC lost, and so much ASR left, in percent.
 GOAL, SMALL_GOAL = (2, 10), {100: (5, 20)}  # in general, and with so many clean images
@@ -252,8 +253,7 @@ def where_run(rows: pd.DataFrame, along: str) -> tuple[pd.DataFrame, list]:
 
     Defences without clean images do not count: what they did at one size of the clean set stands at all.
     """
-    sighted = [defence.label for defence in DEFENCES.values() if defence.sees == "clean"]
-    there = set(rows[rows["seconds"].notna() & rows["defence"].isin(sighted)][along])
+    there = set(rows[rows["seconds"].notna() & rows["defence"].isin(SIGHTED)][along])
     return rows[rows[along].isin(there)], sorted(set(rows[along]) - there)
 
 
