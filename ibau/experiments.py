@@ -47,6 +47,7 @@ from ibau.defences.protocol import Defence, Defended
 from ibau.files import whole_file
 from ibau.training import TrainSettings, train
 
+WATCHED = 500  # test images of a defence's curve
 FORMAT = 2  # raise when records or victims of older code should not be taken for new ones
 
 
@@ -331,9 +332,9 @@ def defence_record(
 
     `defence` is one of `ibau.defences.DEFENCES`, `defence_settings` its settings (None: the default ones).
     Everything is measured on `splits.test`, which no defence sees. Of a defence that takes `on_round` there
-    is the curve over its rounds, on the first 1,000 test images; that time does not count. The defended model
-    and the tensors behind the evidence, if any, are kept beside the record, as `<record>.safetensors` and
-    `<record>.tensors`. A record that exists already is read instead.
+    is the curve over its rounds, on the first WATCHED test images; that time does not count. The defended
+    model and the tensors behind the evidence, if any, are kept beside the record, as `<record>.safetensors`
+    and `<record>.tensors`. A record that exists already is read instead.
 
     Raises ValueError for an unknown defence, or settings of another one.
     """
@@ -395,10 +396,14 @@ def _seen_by(defence: Defence, attacked: Victim, settings: VictimSettings, split
 
 
 class _Watch:
-    """Measures the model after each round of a defence, on the first 1,000 test images, and its own time."""
+    """Measures the model after each round of a defence, on the first WATCHED test images, and its own time.
+
+    Several triggers share the images, so that watching does not take longer than unlearning.
+    """
 
     def __init__(self, attacked: Victim, splits: Splits):
-        self.few = replace(splits, test=splits.test.take(torch.arange(min(1000, len(splits.test)))))
+        self.few = _first(splits, WATCHED)
+        self.triggered = _first(splits, WATCHED // max(1, len(attacked.attacks)))
         self.attacked, self.seconds = attacked, 0.0
         self.curve: list[dict] = []
 
@@ -406,14 +411,21 @@ class _Watch:
         """The argument `on_round`, for a defence that takes one."""
         if "on_round" not in inspect.signature(defence.function).parameters:
             return {}
-        self.curve = [{"round": 0, **measure(self.attacked.model, self.few, self.attacked.attacks)}]
+        self.curve = [{"round": 0, **self._measured(self.attacked.model)}]
         return {"on_round": self}
 
     def __call__(self, model: nn.Module, history: list[dict]) -> None:
         started = time.perf_counter()
-        measured = measure(model, self.few, self.attacked.attacks)
-        self.curve.append({"round": history[-1]["round"], **measured})
+        self.curve.append({"round": history[-1]["round"], **self._measured(model)})
         self.seconds += time.perf_counter() - started
+
+    def _measured(self, model: nn.Module) -> dict:
+        return _measured(model, self.few, _rates(model, self.triggered, self.attacked.attacks))
+
+
+def _first(splits: Splits, count: int) -> Splits:
+    """The same splits with the first test images alone."""
+    return replace(splits, test=splits.test.take(torch.arange(min(count, len(splits.test)))))
 
 
 def _write_defended(about: dict, attacked: Victim, result: Defended, watch: _Watch, splits: Splits) -> dict:

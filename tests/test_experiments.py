@@ -393,7 +393,7 @@ def test_the_record_is_about_the_model_beside_it(splits, untrained):
     measured = experiments.measure(cleaned, splits, attacked.attacks)
     assert {**measured, "der": experiments.rating(record["before"], measured)} == record["after"]
     assert record["before"] == attacked.record["measured"]
-    assert record["curve"][0]["acc"] == record["before"]["acc"]  # fewer than 1,000 test images: the same
+    assert record["curve"][0]["acc"] == record["before"]["acc"]  # fewer than are watched: the same
     assert record["curve"][-1]["asr"] == record["after"]["asr"]
     deltas = load_file(experiments.kept(record, ".tensors"))
     assert {name: tuple(d.shape) for name, d in deltas.items()} == {
@@ -401,6 +401,16 @@ def test_the_record_is_about_the_model_beside_it(splits, untrained):
         "delta 2": (4, 32, 32),
     }
     assert deltas["delta 1"].norm() <= DEFENCE.radius * (1 + 1e-5)
+
+
+def test_a_curve_is_of_the_first_images_which_several_triggers_share(splits, monkeypatch):
+    monkeypatch.setattr(experiments, "WATCHED", 12)
+    record = unlearn_record(replace(SETTINGS, attack="badnets+blend+badnets"), splits, DEFENCE)
+    first = splits.test.labels[:4].tolist()
+    attackable = sum(label != target for target in (0, 1, 2) for label in first)
+    assert [point["acc"]["n"] for point in record["curve"]] == [12, 12, 12]
+    assert [point["asr"]["n"] for point in record["curve"]] == [attackable] * 3
+    assert record["after"]["acc"]["n"] == 30
 
 
 def test_every_change_makes_another_record(splits, runs):
