@@ -81,6 +81,8 @@ class VictimSettings:
             raise ValueError(f"several attacks have a target class each; {ALL_TO_ALL!r} takes one attack")
         if self.architecture not in models.MODELS:
             raise ValueError(f"unknown architecture {self.architecture!r}; valid: {', '.join(models.MODELS)}")
+        if not self.attacks:  # nothing is poisoned, so all ratios share one model
+            object.__setattr__(self, "poison_ratio", VictimSettings.poison_ratio)
 
     @property
     def attacks(self) -> tuple[str, ...]:

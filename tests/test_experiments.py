@@ -121,7 +121,7 @@ def test_a_clean_model_has_no_trigger_and_no_asr(splits, runs, untrained):
     assert victim(settings, splits).trigger is None
 
 
-def test_an_attack_that_needs_a_model_gets_the_clean_one(splits, monkeypatch):
+def test_an_attack_that_needs_a_model_gets_the_clean_one(splits, runs, monkeypatch):
     seen = {}
 
     def make(attack, image_size, *, model, **offered):
@@ -132,6 +132,8 @@ def test_an_attack_that_needs_a_model_gets_the_clean_one(splits, monkeypatch):
     victim(replace(SETTINGS, attack="l2_inv"), splits)
     clean = victim(replace(SETTINGS, attack="none", target=0), splits)
     assert same(seen["model"], clean.model)
+    victim(replace(SETTINGS, attack="l2_inv", poison_ratio=0.1), splits)  # ... whatever the ratio
+    assert len(list((runs / "models").glob("tint-none-*.json"))) == 1
     assert (seen["image_size"], seen["target"], seen["seed"]) == (32, 2, 0)
 
 
