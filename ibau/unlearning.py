@@ -29,8 +29,7 @@ from ibau.layers import cheapen, reduced, restore
 from ibau.models import device_of, takes_channels_last
 from ibau.training import PRECISIONS, autocast, native_bfloat16, to_float
 
-PERTURBATIONS = ("in turn", "by quarters", "replacing", "additive")
-IN_TURN = ("in turn", "by quarters")  # those of both kinds
+PERTURBATIONS = ("in turn", "replacing", "additive")
 HYPERGRADIENTS = ("fixed_point", "cg", "unrolled", "neumann")
 COLLAPSE = 0.5  # held-out accuracy below this share of what it was: the round is undone
 ROLLBACKS = 3  # and tried again at half the rate, this often in a row
@@ -62,9 +61,6 @@ class IBAUSettings:
     delta on 1% of the images. One that replaces pixels leaves the rest of the image to be seen, and is shown
     on more.
 
-    Where a network can be fooled anywhere, the worst replacing perturbation may keep away from the trigger.
-    "by quarters" makes it look there too, at the price of fewer looks at the whole; it takes more rounds.
-
     The labels of a hundred images are soon learnt by heart. With fewer than 250 to learn from (FEW), recipes
     that mend aim their outer steps at what the given model says of the images without delta, shift them by up
     to an eighth of their side, and halve the rate.
@@ -78,9 +74,8 @@ class IBAUSettings:
     replacing_share: float = 0.04  # and of a replacing one, which leaves more of the image to be seen
     lr: float = 5e-4  # of the outer Adam
     cosine: bool = True  # the rate falls to 0 along a cosine
-    perturbation: str = "in turn"  # additive and replacing by turns, beginning with the former; or one alone;
-    # "by quarters": by turns as well, and the replacing ones in the whole image, then in each of its quarters
-    least_area: float = 0.008  # A, as a share of the image (or the quarter), is drawn between this ...
+    perturbation: str = "in turn"  # additive and replacing by turns, beginning with the former; or one alone
+    least_area: float = 0.008  # A, as a share of the image, is drawn each round between this ...
     most_area: float = 0.31  # ... and this, even on a logarithmic scale; 8 to 320 of 32x32 pixels
     radius: float = 10.0  # C: the l2 ball an additive delta may not leave; pixels in [0, 1]; inf: no bound
     inner_steps: int = 20  # ascent steps of an inner solve; 0: a pass over the clean set
@@ -246,38 +241,32 @@ def maximise(objective, delta: Tensor, *, radius: float, steps: int) -> Tensor:
     return delta.detach()
 
 
-def maximise_replacing(
-    objective, delta: Tensor, *, area: float, steps: int, window: Tensor | float = 1.0
-) -> Tensor:
+def maximise_replacing(objective, delta: Tensor, *, area: float, steps: int) -> Tensor:
     """Maximise `objective(delta)` over delta = (m, p) with m, p in [0, 1] and sum(m) <= area, in pixels.
-
-    window  (1, 1, H, W), 1 where the mask may be, 0 elsewhere; 1.0: anywhere
 
     The mask steps along its gradient, by a third of the largest norm a binary mask of that area has; the
     picture by 0.5 along the signs of its own, whose size says more about the mask than about the colour.
     Both steps fall to zero. A mask that is zero would hide what colour its pixel should have: it is taken a
     little above.
     """
-    delta = project_replacing(delta.detach(), area, window)
+    delta = project_replacing(delta.detach(), area)
     for step in range(steps):
-        delta = torch.cat([delta[:, :1].clamp_min(FAINT * window), delta[:, 1:]], dim=1).requires_grad_()
+        delta = torch.cat([delta[:, :1].clamp_min(FAINT), delta[:, 1:]], dim=1).requires_grad_()
         (gradient,) = torch.autograd.grad(objective(delta), delta)
-        mask, picture = window * gradient[:, :1], gradient[:, 1:]
+        mask, picture = gradient[:, :1], gradient[:, 1:]
         mask = math.sqrt(area) / 3 * mask / mask.norm().clamp_min(1e-12)
         move = torch.cat([mask, 0.5 * picture.sign()], dim=1)
-        delta = project_replacing(delta.detach() + (1 - step / steps) * move, area, window)
+        delta = project_replacing(delta.detach() + (1 - step / steps) * move, area)
     return delta.detach()
 
 
-def project_replacing(delta: Tensor, area: float, window: Tensor | float = 1.0) -> Tensor:
+def project_replacing(delta: Tensor, area: float) -> Tensor:
     """The closest (m, p) to delta with m, p in [0, 1] and sum(m) <= area; differentiable almost everywhere.
-
-    And with m = 0 where the window (1, 1, H, W) is 0, not 1.
 
     The mask loses one number tau throughout before it is cut to [0, 1]. Bisection finds which pixels end
     strictly between; on them tau is what their sum says, which is what is differentiated.
     """
-    mask, picture = window * delta[:, :1], delta[:, 1:].clamp(0, 1)
+    mask, picture = delta[:, :1], delta[:, 1:].clamp(0, 1)
     values = mask.detach()
     if values.clamp(0, 1).sum() <= area:
         return torch.cat([mask.clamp(0, 1), picture], dim=1)
@@ -412,10 +401,8 @@ class _Run:
         started = time.perf_counter()
         sample = torch.randperm(len(self.images), generator=self.generator)[: self.settings.inner_images]
         sample = sample.to(self.images.device)
-        quarter, area = self._quarter(), self._area()
-        inner = InnerProblem(
-            self.model, self.images[sample], self.labels[sample], self.settings, area, quarter
-        )
+        area = self._area()
+        inner = InnerProblem(self.model, self.images[sample], self.labels[sample], self.settings, area)
         start = self.deltas.get(area is None)
         found = inner.solve(self.generator, start=start, steps=self.inner_steps, batches=self._pool())
         if not math.isfinite(found.loss):
@@ -433,7 +420,6 @@ class _Run:
             "inner_loss": found.loss,
             "delta_norm": found.delta.norm().item(),
             **({} if area is None else {"area": area}),
-            **({} if quarter is None else {"quarter": quarter}),
             "stationarity": found.stationarity,
             "outer_loss": _mean([s.loss for s in steps]),
             "implicit_over_direct": _mean([s.ratio for s in steps]),
@@ -488,20 +474,12 @@ class _Run:
 
     def _area(self) -> float | None:
         """The pixels a replacing perturbation of this round may cover; None for an additive one."""
-        in_turn = self.settings.perturbation in IN_TURN
+        in_turn = self.settings.perturbation == "in turn"
         if self.settings.perturbation == "additive" or in_turn and self.taken // self.outer_steps % 2 == 0:
             return None
         least, most = self.settings.least_area, self.settings.most_area
         share = least * (most / least) ** torch.rand(1, generator=self.generator).item()
-        pixels = self.images.shape[-2] * self.images.shape[-1]
-        return max(1.0, share * pixels / (1 if self._quarter() is None else 4))
-
-    def _quarter(self) -> int | None:
-        """Which quarter of the image a replacing perturbation of this round keeps to; None: it need not."""
-        turn = self.taken // self.outer_steps
-        if self.settings.perturbation != "by quarters" or turn % 2 == 0 or turn // 2 % 5 == 0:
-            return None
-        return turn // 2 % 5 - 1
+        return max(1.0, share * self.images.shape[-2] * self.images.shape[-1])
 
     def _rate_now(self) -> float:
         if not self.settings.cosine:
@@ -520,7 +498,7 @@ class InnerProblem:
     """max over delta of H(delta, theta) on a fixed sample of clean images, for the model's weights.
 
     Over |delta|_2 <= radius, or over replacing perturbations of at most `area` pixels (None: the most that
-    the settings allow), in one quarter of the image (0 to 3, row by row) or anywhere (None).
+    the settings allow).
 
     The sample is fixed so that the problem has a solution that stays one: the implicit function theorem is
     about a stationary point of *this* objective, and `phi` is evaluated on the images `solve` used.
@@ -533,10 +511,8 @@ class InnerProblem:
         labels: Tensor,
         settings: IBAUSettings,
         area: float | None = None,
-        quarter: int | None = None,
     ):
         self.model, self.settings, self.area = model, settings, area
-        self.window = _window(images, quarter)
         if settings.perturbation == "replacing" and area is None:
             self.area = settings.most_area * images.shape[-2] * images.shape[-1]
         self.names = [name for name, _ in model.named_parameters()]
@@ -558,7 +534,7 @@ class InnerProblem:
         """The closest perturbation that is allowed."""
         if self.area is None:
             return project_l2(delta, self.settings.radius)
-        return project_replacing(delta, self.area, self.window)
+        return project_replacing(delta, self.area)
 
     def solve(
         self, generator: torch.Generator, *, start: Tensor | None = None, steps: int = 0, batches=None
@@ -593,10 +569,9 @@ class InnerProblem:
             else:
                 if start is None:  # a faint mask, on average as large as it may be, over noise
                     start = torch.rand(1, 1 + channels, height, width, generator=generator)
-                    start[:, :1] *= 2 * self.area / self.window.sum().item()
+                    start[:, :1] *= 2 * self.area / (height * width)
                 start = start.to(self.images.device)
-                how = {"area": self.area, "steps": steps, "window": self.window}
-                delta = maximise_replacing(low_precision, start, **how)
+                delta = maximise_replacing(low_precision, start, area=self.area, steps=steps)
         delta = delta.detach().requires_grad_()
         loss = self.objective(delta, weights)
         (gradient,) = torch.autograd.grad(loss, delta)
@@ -647,16 +622,6 @@ def outer_step(
         weight.grad = step
     optimizer.step()
     return gradient
-
-
-def _window(images: Tensor, quarter: int | None) -> Tensor:
-    """(1, 1, H, W): 1 in that quarter of the images, 0 elsewhere; 1 throughout without one."""
-    height, width = images.shape[-2:]
-    window = torch.ones(1, 1, height, width, device=images.device)
-    if quarter is not None:
-        rows, columns = torch.arange(height) // ((height + 1) // 2), torch.arange(width) // ((width + 1) // 2)
-        window *= ((rows[:, None] == quarter // 2) & (columns == quarter % 2)).to(images.device)
-    return window
 
 
 def _share(settings: IBAUSettings, delta: Tensor, images: Tensor) -> float:
