@@ -273,6 +273,7 @@ def usual(records: list[dict], settings: IBAUSettings | None = None) -> list[dic
         for record in records
         if record["settings"]["defence_settings"] == wanted
         and record["settings"]["victim"]["strength"] is None
+        and record["settings"]["victim"]["poison_ratio"] == experiments.VictimSettings.poison_ratio
         and attack_label(record["settings"]["victim"]) in labels
     ]
 
@@ -280,9 +281,10 @@ def usual(records: list[dict], settings: IBAUSettings | None = None) -> list[dic
 def removal_table(records: list[dict]) -> pd.DataFrame:
     """Change of ACC in points / ASR after in percent: a row an attack, a column a data set and clean set.
 
-    Means over seeds, whose number the column names where it is not 1. A * marks what misses its goal: ACC
-    down by at most 2 points and ASR at most 10% (with 100 clean images: 5 and 20), a clean model's ACC down
-    by at most 1 (5). Cells that were never run say so.
+    The largest clean set of each data set and the smallest; notebook 10 has those between. Means over seeds,
+    whose number the column names where it is not 1. A * marks what misses its goal: ACC down by at most 2
+    points and ASR at most 10% (with 100 clean images: 5 and 20), a clean model's ACC down by at most 1 (5).
+    Cells that were never run say so.
     """
     columns: dict[tuple, dict[str, list[dict]]] = {}
     for record in usual(records):
@@ -290,10 +292,12 @@ def removal_table(records: list[dict]) -> pd.DataFrame:
         column = columns.setdefault((about["victim"]["dataset"], -about["clean_images"]), {})
         column.setdefault(attack_label(about["victim"]), []).append(record)
     labels = ("clean", *experiments.STANDARD)
+    sizes = {dataset: [size for name, size in columns if name == dataset] for dataset, _ in columns}
     return pd.DataFrame(
         {
             f"{dataset}, {-size:,} clean": [_removal(found.get(label, []), -size) for label in labels]
             for (dataset, size), found in sorted(columns.items())
+            if size in (min(sizes[dataset]), max(sizes[dataset]))
         },
         index=pd.Index(labels, name="ACC change / ASR after"),
     )

@@ -27,6 +27,7 @@ def record(seed=0, acc=0.9, **settings):
         "attack": "badnets",
         "target": 8,
         "strength": None,
+        "poison_ratio": 0.2,
         "train_images": 100,
         "training": {"epochs": 3},
         "seed": seed,
@@ -113,6 +114,15 @@ def test_the_removal_table_is_of_the_default_settings_and_averages_seeds():
     same = [changed(record(seed), asr=asr) for seed, asr in ((0, 0.01), (1, 0.03))]
     table = figures.removal_table([*same, changed(record(K=5), asr=1.0)])
     assert table["somewhere, 500 clean"]["BadNets"] == "+0.0 / 2.0 (n = 2)"
+
+
+def test_the_removal_table_mixes_no_poison_ratios_and_leaves_out_sizes_between():
+    weaker = changed(record(), asr=1.0)
+    weaker["settings"]["victim"]["poison_ratio"] = 0.005
+    table = figures.removal_table([weaker, *(changed(record(), clean=size) for size in (100, 500, 5000))])
+    assert list(table) == ["somewhere, 5,000 clean", "somewhere, 100 clean"]
+    assert set(table.loc["BadNets"]) == {"+0.0 / 5.0"}
+    assert figures.usual([weaker]) == []
 
 
 def test_the_readme_shows_the_recorded_results(root, tmp_path):
