@@ -35,7 +35,7 @@ COLLAPSE = 0.5  # held-out accuracy below this share of what it was: the round i
 ROLLBACKS = 3  # and tried again at half the rate, this often in a row
 FAINT = 1e-3  # the least mask at which the ascent looks for colours
 FEW = 250  # clean images to learn from; with fewer the model itself is the teacher, see IBAUSettings
-LOST = 0.05  # held-out accuracy lost at the end that is worth a warning
+LOST = 0.05  # held-out accuracy lost at the end that is worth another try, then a warning
 
 
 class UnlearningError(Exception):
@@ -63,7 +63,8 @@ class IBAUSettings:
 
     The labels of a hundred images are soon learnt by heart. With fewer than 250 to learn from (FEW), recipes
     that mend aim their outer steps at what the given model says of the images without delta, shift them by up
-    to an eighth of their side, and halve the rate.
+    to an eighth of their side, and halve the rate. With more, labels are the aim; where that ends with more
+    than 5 points (LOST) of held-out accuracy gone, all begins again from the given model, in that other way.
     """
 
     rounds: int = 16  # inner solves, at most: see patience
@@ -187,7 +188,8 @@ class Unlearned:
     history  one dict a round: what the inner solve and the outer steps were like; with images held out, also
              held_out_objective (what the outer steps minimise, for the weights the round began with and the
              delta it found) and held_out_acc (after the round). The mending at the end has a line of its
-             own, with the number of its steps as "mending"
+             own, with the number of its steps as "mending". Where all began again, see `IBAUSettings`, the
+             lines go on: those of the first try come first
     deltas   the perturbation each round found, (C, H, W) or, where it replaces, (1 + C, H, W)
     stopped  why it ended: "rounds", or "patience"
     """
@@ -316,44 +318,63 @@ def unlearn(
         weight.requires_grad_()
     if takes_channels_last(cleaned, images):
         cleaned.to(memory_format=torch.channels_last)
-    run = _Run(cleaned, images, labels, settings, generator)
-    accuracy = before = _accuracy(cleaned, *watched)
-    history, deltas, objectives, rollbacks, stopped = [], [], [], 0, "rounds"
-    bar = tqdm(total=settings.rounds, desc="I-BAU", unit="round", disable=not progress)
-    with bar:
-        while len(history) < settings.rounds:
-            kept = run.state()
-            try:
-                line, delta = run.round()
-                accuracy = _accuracy(cleaned, *watched)
-                if accuracy < COLLAPSE * before:
-                    raise UnlearningError(f"held-out accuracy fell from {before:.1%} to {accuracy:.1%}")
-            except UnlearningError as error:
-                rollbacks += 1
-                if rollbacks > ROLLBACKS:
-                    raise UnlearningError(
-                        f"round {len(history) + 1}: {error}; undone, and the rate halved {ROLLBACKS} times "
-                        f"in vain; try a lower rate than lr={settings.lr:g}"
-                    ) from None
-                run.restart(kept)
-                continue
-            rollbacks, found = 0, {}
-            if len(watched[0]):
-                objectives.append(run.held_out_objective(kept[0], delta, *watched))
-                found = {"held_out_objective": objectives[-1], "held_out_acc": accuracy}
-                bar.set_postfix(held_out=f"{accuracy:.1%}")
-            history.append({"round": len(history) + 1, **line, **found, "rate": run.rate})
-            deltas.append(delta[0].cpu())
-            bar.update()
-            if on_round:
-                on_round(cleaned, history)
-            if len(objectives) - 1 - _first_lowest(objectives) >= settings.patience:
-                stopped = "patience"
-                break
+    taught = settings.mending > 0 and len(images) < FEW
+    run = _Run(cleaned, images, labels, settings, generator, taught)
+    given, before = run.state(), _accuracy(cleaned, *watched)
+    history, deltas = [], []
+    with tqdm(total=settings.rounds, desc="I-BAU", unit="round", disable=not progress) as bar:
+        accuracy, stopped = _all_rounds(run, watched, before, history, deltas, bar, on_round)
+        if settings.mending and not taught and before - accuracy > LOST:  # the labels were learnt by heart
+            bar.total += settings.rounds
+            cleaned.load_state_dict(given[0])
+            run = _Run(cleaned, images, labels, settings, generator, taught=True)
+            accuracy, stopped = _all_rounds(run, watched, before, history, deltas, bar, on_round)
+    restore(cleaned).to(memory_format=torch.contiguous_format)
+    _warn_if_lost(before, accuracy, len(watched[0]))
+    return Unlearned(cleaned, history, deltas, stopped)
+
+
+def _all_rounds(run: "_Run", watched, before: float, history: list, deltas: list, bar, on_round):
+    """Take the rounds and the mending, noted in `history` and `deltas`; held-out accuracy, and why it ended.
+
+    before  held-out accuracy of the model that was given
+    """
+    settings, model = run.settings, run.model
+    accuracy, objectives, rollbacks, stopped = before, [], 0, "rounds"
+    earlier = len(history)
+    while len(history) < earlier + settings.rounds:
+        kept = run.state()
+        try:
+            line, delta = run.round()
+            accuracy = _accuracy(model, *watched)
+            if accuracy < COLLAPSE * before:
+                raise UnlearningError(f"held-out accuracy fell from {before:.1%} to {accuracy:.1%}")
+        except UnlearningError as error:
+            rollbacks += 1
+            if rollbacks > ROLLBACKS:
+                raise UnlearningError(
+                    f"round {len(history) + 1}: {error}; undone, and the rate halved {ROLLBACKS} times "
+                    f"in vain; try a lower rate than lr={settings.lr:g}"
+                ) from None
+            run.restart(kept)
+            continue
+        rollbacks, found = 0, {}
+        if len(watched[0]):
+            objectives.append(run.held_out_objective(kept[0], delta, *watched))
+            found = {"held_out_objective": objectives[-1], "held_out_acc": accuracy}
+            bar.set_postfix(held_out=f"{accuracy:.1%}")
+        history.append({"round": len(history) + 1, **line, **found, "rate": run.rate})
+        deltas.append(delta[0].cpu())
+        bar.update()
+        if on_round:
+            on_round(model, history)
+        if len(objectives) - 1 - _first_lowest(objectives) >= settings.patience:
+            stopped = "patience"
+            break
     if settings.mending:
         kept = run.state()
         line = run.mend()
-        accuracy, unmended = _accuracy(cleaned, *watched), accuracy
+        accuracy, unmended = _accuracy(model, *watched), accuracy
         if not math.isfinite(line["outer_loss"]) or accuracy < COLLAPSE * unmended:
             run.restart(kept)
             accuracy = unmended
@@ -361,16 +382,14 @@ def unlearn(
             found = {"held_out_acc": accuracy} if len(watched[0]) else {}
             history.append({"round": len(history) + 1, **line, **found, "rate": run.rate})
             if on_round:
-                on_round(cleaned, history)
-    restore(cleaned).to(memory_format=torch.contiguous_format)
-    _warn_if_lost(before, accuracy, len(watched[0]))
-    return Unlearned(cleaned, history, deltas, stopped)
+                on_round(model, history)
+    return accuracy, stopped
 
 
 class _Run:
     """The state that rounds change: weights, their optimiser, the rate, the last delta, the batches."""
 
-    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, settings: IBAUSettings, generator):
+    def __init__(self, model, images: Tensor, labels: Tensor, settings: IBAUSettings, generator, taught):
         self.model, self.images, self.labels = model, images, labels
         self.settings, self.generator = settings, generator
         self.optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
@@ -380,7 +399,7 @@ class _Run:
         self.inner_steps = settings.inner_steps or a_pass
         self.rate, self.taken, self.deltas = settings.lr, 0, {}
         self.teacher = None
-        if settings.mending and len(images) < FEW:
+        if taught:
             self.teacher = copy.deepcopy(model).requires_grad_(False)
             self.rate /= 2
 

@@ -611,6 +611,31 @@ def test_with_few_images_the_model_itself_is_the_teacher(model, images, monkeypa
     assert told.history[0]["rate"] == 0.01
 
 
+def test_labels_that_cost_accuracy_are_given_up_for_the_teacher(trained, images, monkeypatch):
+    model, labels = trained
+    monkeypatch.setattr(unlearning, "FEW", 0)
+    monkeypatch.setattr(unlearning, "COLLAPSE", 0.0)
+    real = unlearning._Run._batch
+
+    def told_wrong(run):
+        x, y = real(run)
+        return (x, y) if run.teacher else (x, 1 - y)
+
+    settings = replace(SMALL, rounds=2, mending=20, lr=0.4, held_out=0.5, K=0)
+    right = unlearn(model, images, labels, settings)
+    assert [line["round"] for line in right.history] == [1, 2, 3]
+    monkeypatch.setattr(unlearning._Run, "_batch", told_wrong)
+    again = unlearn(model, images, labels, settings)
+    assert [line["round"] for line in again.history] == [1, 2, 3, 4, 5, 6]
+    assert [line["rate"] for line in again.history] == [0.4] * 3 + [0.2] * 3
+    assert len(again.deltas) == 4
+    assert again.history[2]["held_out_acc"] < again.history[5]["held_out_acc"]
+    assert (again.model(images / 255).argmax(1) == labels).float().mean() >= 0.9
+    # a recipe that does not mend has no other way
+    with pytest.warns(UnlearningWarning):
+        assert len(unlearn(model, images, labels, replace(settings, rounds=9, mending=0)).history) == 9
+
+
 def test_what_does_not_mend_takes_labels_however_few(model, images, labels, monkeypatch):
     few = unlearn(model, images, labels, SMALL).model
     monkeypatch.setattr(unlearning, "FEW", 0)
