@@ -103,7 +103,7 @@ CLEAN = {  # parameters of notebook 13, in order -> what they are; the first thr
     "out": "the cleaned model; default <name>.cleaned<suffix> beside the checkpoint; never the checkpoint",
     "held_out": "share of the clean images that is kept for the comparison (default 0.3)",
     "radius": "l2 ball of the additive perturbation, pixels in [0, 1]; default: from the inspection",
-    "rounds": "of unlearning (default 48)",
+    "rounds": "of unlearning (default: two a class, at least 48)",
     "seed": "of everything drawn at random (default 0)",
 }
 CLEAN_PATHS = ("checkpoint", "clean_dir", "triggered_dir", "out")

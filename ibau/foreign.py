@@ -2,7 +2,8 @@
 
     folder = load_folder("photos/", image_size=224)  # from ibau.datasets
     given = load_model("model.pth", "torchvision:resnet18", len(folder.classes), 224, normalize="imagenet")
-    result = ibau.unlearn(given.model, folder.data.images, folder.data.labels)
+    settings = ibau.IBAUSettings(perturbation="aimed", rounds=48, patience=48)
+    result = ibau.unlearn(given.model, folder.data.images, folder.data.labels, settings)
     given.save(result.model, "model.cleaned.pth")
 
 Nothing in a checkpoint is ever executed. A `module:callable` is: it is the user's own code.

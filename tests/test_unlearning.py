@@ -460,7 +460,7 @@ def test_a_model_that_is_no_classifier_is_refused(images, labels, output, messag
             {"perturbation": "additive", "hypergradient": "cg", "penalty": 0.1},
             "'cg' needs a finite radius and no penalty",
         ),
-        ({"perturbation": "magic"}, "perturbation is 'magic'; valid: in turn, replacing, additive"),
+        ({"perturbation": "magic"}, "perturbation is 'magic'; valid: in turn, aimed, replacing, additive"),
         ({"hypergradient": "cg"}, "hypergradient 'cg'; 0, 0 and not 'cg' go with replacing perturbations"),
         ({"inner_lr": 1.0}, "inner_lr is 1.0, .* others need perturbation='additive'"),
         ({"least_area": 0.5}, "least_area is 0.5 and most_area 0.31"),
@@ -501,6 +501,70 @@ def test_a_rate_beyond_reason_is_an_error_and_the_model_stays(model, images, lab
 def test_a_model_that_returns_nan_is_an_error(images, labels, k):
     with pytest.raises(UnlearningError, match="the inner loss became nan; undone, and the rate halved 3"):
         unlearn(Output(lambda x: x.mean((2, 3)) * math.nan), images, labels % 3, replace(SMALL, K=k))
+
+
+# ---- aimed at a class
+
+
+AIMED = replace(SMALL, perturbation="aimed", rounds=10, patience=10, K=0)
+
+
+def test_an_aimed_objective_is_minus_the_loss_of_that_class_on_images_of_others(model, images, labels):
+    problem = InnerProblem(model, images, labels, AIMED, area=None, aim=2)
+    delta = torch.randn(1, *images.shape[1:], generator=torch.Generator().manual_seed(0))
+    others = images[labels != 2] / 255
+    assert 0 < len(others) < len(images)
+    expected = nn.functional.log_softmax(model(others + delta), dim=1)[:, 2].mean().item()
+    assert problem.objective(delta, problem.weights()).item() == pytest.approx(expected, rel=1e-5)
+    alone = InnerProblem(model, images, torch.full_like(labels, 2), AIMED, area=None, aim=2)
+    assert len(alone.images) == len(images)
+
+
+def test_every_class_has_its_turn_for_two_rounds_of_either_kind(model, images, labels):
+    history = unlearn(model, images, labels, AIMED).history
+    aims = [line["aim"] for line in history]
+    assert aims[0:8:2] == aims[1:8:2] and sorted(aims[0:8:2]) == [0, 1, 2, 3]
+    assert aims[8:] == aims[:2]
+    assert ["area" in line for line in history] == [False, True] * 5
+    assert all(line["inner_loss"] < 0 for line in history)
+
+
+def test_an_aimed_perturbation_moves_images_to_its_class(model, images, labels):
+    result = unlearn(model, images, labels, replace(AIMED, rounds=1, lr=1e-9, inner_steps=40, radius=20.0))
+    aim, x = result.history[0]["aim"], images / 255
+    sure = [nn.functional.softmax(model(each), dim=1)[:, aim].mean() for each in (x, x + result.deltas[0])]
+    assert sure[1] > sure[0] + 0.1
+
+
+def test_what_earlier_rounds_found_is_shown_again(model, images, labels):
+    settings = replace(AIMED, share=0.1, replacing_share=0.15, held_out=0.0)
+    generator = torch.Generator().manual_seed(0)
+    run = unlearning._Run(model, images, labels, settings, generator, taught=False)
+    x = images / 255
+    first, second = torch.rand(1, *x.shape[1:]), torch.rand(1, 1 + x.shape[1], *x.shape[2:])
+    run.earlier, kept = [first, second], x.clone()
+    seen = [0, 0, 0]
+    for _ in range(20):
+        for before, after in zip(x, run._with_earlier(x), strict=True):
+            ways = [before, before + first[0], unlearning.perturbed(before[None], second)[0]]
+            seen[[torch.equal(after, way) for way in ways].index(True)] += 1
+    assert torch.equal(x, kept)
+    assert seen[0] == 20 * 10 and min(seen[1:]) > 50  # half of 20 images, each kind as likely
+
+
+def test_an_undone_round_is_not_remembered(trained, images, monkeypatch):
+    model, labels = trained
+    runs, real = [], unlearning._Run.__init__
+
+    def noted(run, *args, **kwargs):
+        real(run, *args, **kwargs)
+        runs.append(run)
+
+    monkeypatch.setattr(unlearning._Run, "__init__", noted)
+    collapsing_at(monkeypatch, {2, 3})
+    result = unlearn(model, images, labels, replace(AIMED, rounds=4))
+    assert len(runs[0].earlier) == 4
+    assert all(torch.equal(a[0], b) for a, b in zip(runs[0].earlier, result.deltas, strict=True))
 
 
 # ---- when it goes wrong, and when it stops
@@ -634,6 +698,15 @@ def test_labels_that_cost_accuracy_are_given_up_for_the_teacher(trained, images,
     # a recipe that does not mend has no other way
     with pytest.warns(UnlearningWarning):
         assert len(unlearn(model, images, labels, replace(settings, rounds=9, mending=0)).history) == 9
+
+
+def test_a_loss_is_bad_where_it_is_more_than_five_points_and_more_than_chance():
+    assert unlearning._badly_lost(0.78, 0.62, 100)
+    assert unlearning._badly_lost(0.72, 0.66, 500)
+    assert not unlearning._badly_lost(0.72, 0.68, 500)  # 4 points
+    assert not unlearning._badly_lost(65 / 70, 61 / 70, 70)  # the interval begins at 84.3%
+    assert unlearning._badly_lost(65 / 70, 58 / 70, 70)
+    assert not unlearning._badly_lost(math.nan, math.nan, 0)
 
 
 def test_what_does_not_mend_takes_labels_however_few(model, images, labels, monkeypatch):
