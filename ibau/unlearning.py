@@ -36,7 +36,7 @@ COLLAPSE = 0.5  # held-out accuracy below this share of what it was: the round i
 ROLLBACKS = 3  # and tried again at half the rate, this often in a row
 EARLIER = 2  # where perturbations are aimed, earlier ones are shown on so many times both shares
 FAINT = 1e-3  # the least mask at which the ascent looks for colours
-FEW = 250  # clean images to learn from; with fewer the model itself is the teacher, see IBAUSettings
+FEW = 300  # clean images to learn from; with fewer the model itself is the teacher, see IBAUSettings
 LOST = 0.05  # held-out accuracy lost at the end that is worth another try, then a warning
 
 
@@ -68,7 +68,7 @@ class IBAUSettings:
     one class, as a trigger does, and not just away from their own. All classes have their turn, in an order
     that is drawn, which takes two rounds each; what earlier rounds found is shown again, in the mending too.
 
-    The labels of a hundred images are soon learnt by heart. With fewer than 250 to learn from (FEW), recipes
+    The labels of a hundred images are soon learnt by heart. With fewer than 300 to learn from (FEW), recipes
     that mend aim their outer steps at what the given model says of the images without delta, shift them by up
     to an eighth of their side, and halve the rate. With more, labels are the aim; where held-out
     accuracy ends more than 5 points lower (LOST) and below its 95% interval, all begins again from the given
