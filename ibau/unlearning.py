@@ -37,7 +37,7 @@ ROLLBACKS = 3  # and tried again at half the rate, this often in a row
 EARLIER = 2  # where perturbations are aimed, earlier ones are shown on so many times both shares
 FAINT = 1e-3  # the least mask at which the ascent looks for colours
 FEW = 300  # clean images to learn from; with fewer the model itself is the teacher, see IBAUSettings
-LOST = 0.05  # held-out accuracy lost at the end that is worth another try, then a warning
+LOST = 0.05  # held-out accuracy lost at the end that is worth more mending, then a warning
 
 
 class UnlearningError(Exception):
@@ -71,8 +71,8 @@ class IBAUSettings:
     The labels of a hundred images are soon learnt by heart. With fewer than 300 to learn from (FEW), recipes
     that mend aim their outer steps at what the given model says of the images without delta, shift them by up
     to an eighth of their side, and halve the rate. With more, labels are the aim; where held-out
-    accuracy ends more than 5 points lower (LOST) and below its 95% interval, all begins again from the given
-    model, in that other way.
+    accuracy ends more than 5 points lower (LOST) and below its 95% interval, they mend once more in that way,
+    twice as long.
     """
 
     rounds: int = 16  # inner solves, at most: see patience
@@ -197,8 +197,7 @@ class Unlearned:
              perturbations are aimed (inner_loss is then minus its cross-entropy); with images held out, also
              held_out_objective (what the outer steps minimise, for the weights the round began with and the
              delta it found) and held_out_acc (after the round). The mending at the end has a line of its
-             own, with the number of its steps as "mending". Where all began again, see `IBAUSettings`, the
-             lines go on: those of the first try come first
+             own, with the number of its steps as "mending"; a second mending has another
     deltas   the perturbation each round found, (C, H, W) or, where it replaces, (1 + C, H, W)
     stopped  why it ended: "rounds", or "patience"
     """
@@ -327,78 +326,71 @@ def unlearn(
         weight.requires_grad_()
     if takes_channels_last(cleaned, images):
         cleaned.to(memory_format=torch.channels_last)
-    taught = settings.mending > 0 and len(images) < FEW
-    run = _Run(cleaned, images, labels, settings, generator, taught)
-    given, before = run.state(), _accuracy(cleaned, *watched)
-    history, deltas = [], []
-    with tqdm(total=settings.rounds, desc="I-BAU", unit="round", disable=not progress) as bar:
-        accuracy, stopped = _all_rounds(run, watched, before, history, deltas, bar, on_round)
-        if settings.mending and not taught and _badly_lost(before, accuracy, len(watched[0])):
-            bar.total += settings.rounds
-            cleaned.load_state_dict(given[0])
-            run = _Run(cleaned, images, labels, settings, generator, taught=True)
-            accuracy, stopped = _all_rounds(run, watched, before, history, deltas, bar, on_round)
+    run = _Run(cleaned, images, labels, settings, generator)
+    given = run.state()[0]
+    accuracy = before = _accuracy(cleaned, *watched)
+    history, deltas, objectives, rollbacks, stopped = [], [], [], 0, "rounds"
+    bar = tqdm(total=settings.rounds, desc="I-BAU", unit="round", disable=not progress)
+    with bar:
+        while len(history) < settings.rounds:
+            kept = run.state()
+            try:
+                line, delta = run.round()
+                accuracy = _accuracy(cleaned, *watched)
+                if accuracy < COLLAPSE * before:
+                    raise UnlearningError(f"held-out accuracy fell from {before:.1%} to {accuracy:.1%}")
+            except UnlearningError as error:
+                rollbacks += 1
+                if rollbacks > ROLLBACKS:
+                    raise UnlearningError(
+                        f"round {len(history) + 1}: {error}; undone, and the rate halved {ROLLBACKS} times "
+                        f"in vain; try a lower rate than lr={settings.lr:g}"
+                    ) from None
+                run.restart(kept)
+                continue
+            rollbacks, found = 0, {}
+            if len(watched[0]):
+                objectives.append(run.held_out_objective(kept[0], delta, *watched))
+                found = {"held_out_objective": objectives[-1], "held_out_acc": accuracy}
+                bar.set_postfix(held_out=f"{accuracy:.1%}")
+            history.append({"round": len(history) + 1, **line, **found, "rate": run.rate})
+            deltas.append(delta[0].cpu())
+            bar.update()
+            if on_round:
+                on_round(cleaned, history)
+            if len(objectives) - 1 - _first_lowest(objectives) >= settings.patience:
+                stopped = "patience"
+                break
+    if settings.mending:
+        accuracy = _mended(run, watched, accuracy, history, on_round)
+        if not run.teacher and _badly_lost(before, accuracy, len(watched[0])):
+            accuracy = _mended(run, watched, accuracy, history, on_round, teacher=given)
     restore(cleaned).to(memory_format=torch.contiguous_format)
     _warn_if_lost(before, accuracy, len(watched[0]))
     return Unlearned(cleaned, history, deltas, stopped)
 
 
-def _all_rounds(run: "_Run", watched, before: float, history: list, deltas: list, bar, on_round):
-    """Take the rounds and the mending, noted in `history` and `deltas`; held-out accuracy, and why it ended.
-
-    before  held-out accuracy of the model that was given
-    """
-    settings, model = run.settings, run.model
-    accuracy, objectives, rollbacks, stopped = before, [], 0, "rounds"
-    earlier = len(history)
-    while len(history) < earlier + settings.rounds:
-        kept = run.state()
-        try:
-            line, delta = run.round()
-            accuracy = _accuracy(model, *watched)
-            if accuracy < COLLAPSE * before:
-                raise UnlearningError(f"held-out accuracy fell from {before:.1%} to {accuracy:.1%}")
-        except UnlearningError as error:
-            rollbacks += 1
-            if rollbacks > ROLLBACKS:
-                raise UnlearningError(
-                    f"round {len(history) + 1}: {error}; undone, and the rate halved {ROLLBACKS} times "
-                    f"in vain; try a lower rate than lr={settings.lr:g}"
-                ) from None
-            run.restart(kept)
-            continue
-        rollbacks, found = 0, {}
-        if len(watched[0]):
-            objectives.append(run.held_out_objective(kept[0], delta, *watched))
-            found = {"held_out_objective": objectives[-1], "held_out_acc": accuracy}
-            bar.set_postfix(held_out=f"{accuracy:.1%}")
-        history.append({"round": len(history) + 1, **line, **found, "rate": run.rate})
-        deltas.append(delta[0].cpu())
-        bar.update()
-        if on_round:
-            on_round(model, history)
-        if len(objectives) - 1 - _first_lowest(objectives) >= settings.patience:
-            stopped = "patience"
-            break
-    if settings.mending:
-        kept = run.state()
-        line = run.mend()
-        accuracy, unmended = _accuracy(model, *watched), accuracy
-        if not math.isfinite(line["outer_loss"]) or accuracy < COLLAPSE * unmended:
-            run.restart(kept)
-            accuracy = unmended
-        else:
-            found = {"held_out_acc": accuracy} if len(watched[0]) else {}
-            history.append({"round": len(history) + 1, **line, **found, "rate": run.rate})
-            if on_round:
-                on_round(model, history)
-    return accuracy, stopped
+def _mended(
+    run: "_Run", watched, accuracy: float, history: list, on_round, teacher: dict | None = None
+) -> float:
+    """Mend, and note it in `history`; what ruins held-out accuracy, or brings none back, is undone."""
+    kept = run.state()
+    line, least = run.mend(teacher), accuracy if teacher else COLLAPSE * accuracy
+    mended = _accuracy(run.model, *watched)
+    if not math.isfinite(line["outer_loss"]) or mended < least:
+        run.restart(kept)
+        return accuracy
+    found = {"held_out_acc": mended} if len(watched[0]) else {}
+    history.append({"round": len(history) + 1, **line, **found, "rate": run.rate})
+    if on_round:
+        on_round(run.model, history)
+    return mended
 
 
 class _Run:
     """The state that rounds change: weights, their optimiser, the rate, the last delta, the batches."""
 
-    def __init__(self, model, images: Tensor, labels: Tensor, settings: IBAUSettings, generator, taught):
+    def __init__(self, model, images: Tensor, labels: Tensor, settings: IBAUSettings, generator):
         self.model, self.images, self.labels = model, images, labels
         self.settings, self.generator = settings, generator
         self.optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
@@ -413,9 +405,14 @@ class _Run:
                 classes = model(_arranged(to_float(images[:1]), model).clone()).shape[1]
             self.order = torch.randperm(classes, generator=generator).tolist()
         self.teacher = None
-        if taught:
-            self.teacher = copy.deepcopy(model).requires_grad_(False)
-            self.rate /= 2
+        if settings.mending and len(images) < FEW:
+            self.learn_from(model.state_dict())
+
+    def learn_from(self, weights: dict) -> None:
+        """The model with these weights is the teacher from now on."""
+        self.teacher = copy.deepcopy(self.model).requires_grad_(False)
+        self.teacher.load_state_dict(weights)
+        self.rate /= 2
 
     def state(self) -> tuple:
         return copy.deepcopy(
@@ -444,10 +441,10 @@ class _Run:
         if self.settings.persistent:
             self.deltas[area is None] = found.delta
         inner_seconds = time.perf_counter() - started
-        steps = []
+        steps, steps_in_all = [], self.settings.rounds * self.outer_steps + self.settings.mending
         for _ in range(self.outer_steps):
             for group in self.optimizer.param_groups:
-                group["lr"] = self._rate_now()
+                group["lr"] = self._rate(self.taken / steps_in_all)
             steps.append(outer_step(inner, found.delta, *self._batch(), self.optimizer, self.generator))
             self.taken += 1
         if self.order:
@@ -467,13 +464,19 @@ class _Run:
         }
         return line, found.delta
 
-    def mend(self) -> dict:
-        """Take the last outer steps, on clean images; returns what they were like."""
+    def mend(self, teacher: dict | None = None) -> dict:
+        """Take the last outer steps, on clean images; returns what they were like.
+
+        With the weights of a `teacher`, twice as many that learn from it, at a rate that begins high again.
+        """
         started, losses = time.perf_counter(), []
-        self.taken = self.settings.rounds * self.outer_steps  # rounds that were not needed leave the rate low
-        for _ in range(self.settings.mending):
+        steps, done = self.settings.mending, self.settings.rounds * self.outer_steps  # needed or not
+        if teacher:
+            self.learn_from(teacher)
+            steps, done = 2 * steps, 0
+        for step in range(steps):
             for group in self.optimizer.param_groups:
-                group["lr"] = self._rate_now()
+                group["lr"] = self._rate((done + step) / (done + steps))
             images, targets = self._batch()
             with autocast(images.device, self.settings.precision):
                 logits = self.model(images.clone())
@@ -482,7 +485,6 @@ class _Run:
             loss.backward()
             self.optimizer.step()
             losses.append(loss.item())
-            self.taken += 1
         seconds = time.perf_counter() - started
         return {"mending": len(losses), "outer_loss": _mean(losses), "seconds": seconds}
 
@@ -533,11 +535,9 @@ class _Run:
         pair = self.taken // self.outer_steps // 2
         return self.order[pair % len(self.order)] if self.order else None
 
-    def _rate_now(self) -> float:
-        if not self.settings.cosine:
-            return self.rate
-        done = self.taken / (self.settings.rounds * self.outer_steps + self.settings.mending)
-        return self.rate / 2 * (1 + math.cos(math.pi * done))
+    def _rate(self, done: float) -> float:
+        """The rate when a share `done` of all steps is taken."""
+        return self.rate / 2 * (1 + math.cos(math.pi * done)) if self.settings.cosine else self.rate
 
     def _pool(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the clean set, endlessly."""

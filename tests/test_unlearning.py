@@ -539,7 +539,7 @@ def test_an_aimed_perturbation_moves_images_to_its_class(model, images, labels):
 def test_what_earlier_rounds_found_is_shown_again(model, images, labels):
     settings = replace(AIMED, share=0.1, replacing_share=0.15, held_out=0.0)
     generator = torch.Generator().manual_seed(0)
-    run = unlearning._Run(model, images, labels, settings, generator, taught=False)
+    run = unlearning._Run(model, images, labels, settings, generator)
     x = images / 255
     first, second = torch.rand(1, *x.shape[1:]), torch.rand(1, 1 + x.shape[1], *x.shape[2:])
     run.earlier, kept = [first, second], x.clone()
@@ -675,29 +675,53 @@ def test_with_few_images_the_model_itself_is_the_teacher(model, images, monkeypa
     assert told.history[0]["rate"] == 0.01
 
 
-def test_labels_that_cost_accuracy_are_given_up_for_the_teacher(trained, images, monkeypatch):
-    model, labels = trained
+@pytest.fixture
+def told_wrong(monkeypatch):
+    """Labels are false, as if learnt by heart; what a teacher says is not. Nothing collapses."""
     monkeypatch.setattr(unlearning, "FEW", 0)
     monkeypatch.setattr(unlearning, "COLLAPSE", 0.0)
     real = unlearning._Run._batch
 
-    def told_wrong(run):
+    def batch(run):
         x, y = real(run)
         return (x, y) if run.teacher else (x, 1 - y)
 
-    settings = replace(SMALL, rounds=2, mending=20, lr=0.4, held_out=0.5, K=0)
-    right = unlearn(model, images, labels, settings)
-    assert [line["round"] for line in right.history] == [1, 2, 3]
-    monkeypatch.setattr(unlearning._Run, "_batch", told_wrong)
-    again = unlearn(model, images, labels, settings)
-    assert [line["round"] for line in again.history] == [1, 2, 3, 4, 5, 6]
-    assert [line["rate"] for line in again.history] == [0.4] * 3 + [0.2] * 3
-    assert len(again.deltas) == 4
-    assert again.history[2]["held_out_acc"] < again.history[5]["held_out_acc"]
-    assert (again.model(images / 255).argmax(1) == labels).float().mean() >= 0.9
-    # a recipe that does not mend has no other way
+    monkeypatch.setattr(unlearning._Run, "_batch", batch)
+    return replace(SMALL, rounds=2, mending=20, lr=0.4, held_out=0.5, K=0)
+
+
+def test_accuracy_lost_to_labels_is_mended_by_the_given_model(trained, images, told_wrong):
+    model, labels = trained
+    result = unlearn(model, images, labels, told_wrong)
+    assert [line["round"] for line in result.history] == [1, 2, 3, 4]
+    assert [line.get("mending") for line in result.history] == [None, None, 20, 40]
+    assert [line["rate"] for line in result.history] == [0.4] * 3 + [0.2]
+    assert [line["held_out_acc"] for line in result.history[2:]] == [0, 1]
+    assert metrics.accuracy(result.model, images, labels).value == 1
+
+
+def test_accuracy_that_was_not_lost_needs_no_second_mending(trained, images, monkeypatch):
+    monkeypatch.setattr(unlearning, "FEW", 0)
+    model, labels = trained
+    settings = replace(SMALL, mending=20, held_out=0.5, K=0)
+    assert len(unlearn(model, images, labels, settings).history) == 3
+
+
+def test_a_second_mending_that_helps_nothing_is_undone(trained, images, told_wrong, monkeypatch):
+    model, labels = trained
+    monkeypatch.setattr(unlearning._Run, "learn_from", lambda run, weights: None)  # no teacher comes
+    values = iter([1.0, 0.5, 0.5, 0.4, 0.3])
+    monkeypatch.setattr(unlearning, "_accuracy", lambda *_: next(values))
+    with pytest.warns(UnlearningWarning, match="fell from 100.0% to 40.0%"):
+        result = unlearn(model, images, labels, told_wrong)
+    assert [line["held_out_acc"] for line in result.history] == [0.5, 0.5, 0.4]
+
+
+def test_what_does_not_mend_is_not_mended(trained, images, told_wrong):
+    model, labels = trained
     with pytest.warns(UnlearningWarning):
-        assert len(unlearn(model, images, labels, replace(settings, rounds=9, mending=0)).history) == 9
+        history = unlearn(model, images, labels, replace(told_wrong, rounds=9, mending=0)).history
+    assert len(history) == 9
 
 
 def test_a_loss_is_bad_where_it_is_more_than_five_points_and_more_than_chance():
@@ -740,8 +764,8 @@ def test_mending_that_ruins_the_model_is_undone(trained, images, monkeypatch):
     unmended = unlearn(model, images, labels, replace(settings, mending=0, cosine=False)).model
     real = unlearning._Run.mend
 
-    def ruin(run):
-        line = real(run)
+    def ruin(run, teacher):
+        line = real(run, teacher)
         run.model.scale.data.fill_(-1.0)
         return line
 
