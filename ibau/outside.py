@@ -4,7 +4,8 @@ A stranger's part comes first: eight classes of GTSRB become folders of 64x64 cr
 them, some poisoned, and saved by plain `torch.save(model.state_dict())`, in a process of its own. Then
 `ibau clean` gets that file and a folder of clean images, as a user would call it. ACC and ASR are measured on
 further images, which it never saw. Writes `figures/data/foreign/<network>-<attack>.json`, which notebook 13
-shows. Folders and networks are kept in `runs/outside`; what is there is not made again.
+shows, beside earlier runs with the default search, `<network>-<attack>-in-turn.json`. Folders and networks
+are kept in `runs/outside`; what is there is not made again.
 """
 
 import argparse
