@@ -70,9 +70,9 @@ class IBAUSettings:
 
     The labels of a hundred images are soon learnt by heart. With fewer than 300 to learn from (FEW), recipes
     that mend aim their outer steps at what the given model says of the images without delta, shift them by up
-    to an eighth of their side, and halve the rate. With more, labels are the aim; where held-out
-    accuracy ends more than 5 points lower (LOST) and below its 95% interval, they mend once more in that way,
-    twice as long.
+    to an eighth of their side, and halve the rate. With more, labels are the aim; where held-out accuracy
+    ends more than 5 points lower (LOST) and below its 95% interval, they mend once more in that way, twice as
+    long.
     """
 
     rounds: int = 16  # inner solves, at most: see patience
