@@ -8,6 +8,10 @@
 The attacker poisons `train`. The test split is cut into two halves that share no image: the defender's
 (`clean`, and `heldout` for choosing settings) and `test`. Nothing is measured on images a defence has seen.
 
+GTSRB is video: some 30 consecutive frames, a track, show one physical sign, and random halves of its test
+split would share signs. The defender's images are therefore whole tracks taken out of the training split, the
+attacker poisons the rest, and the whole test split measures.
+
 Images are decoded once. The result is kept in one file per data set under $IBAU_CACHE (or ~/.cache/ibau), and
 decoded again when a file of the data set has come, gone, or changed its size or modification time.
 """
@@ -16,6 +20,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -116,27 +121,59 @@ def load(
     source = DATASETS[name](root, image_size, download)
     whole, fingerprint = _cached(name, root, image_size, source)
 
-    train = whole.train
+    train, defender, heldout, test = (_by_halves if whole.tracks is None else _by_tracks)(name, whole, seed)
     if train_size is not None:
         _check_whole("train_size", train_size, least=1, most=len(train), what="images of the train split")
         train = train.take(np.sort(_balanced_order(train.labels, (seed, 0))[:train_size]))
-    order = _balanced_order(whole.test.labels, (seed, 1))
-    half = len(order) // 2
-    if half == 0:
-        raise DataError(f"{name}: the test split has {len(order)} image; the defender's half takes another")
     if clean_size is None:
-        clean_size = min(half, CLEAN_SIZE[name])
-    _check_whole("clean_size", clean_size, least=1, most=half, what="images of the defender's half of test")
+        clean_size = min(len(defender), CLEAN_SIZE[name])
+    _check_whole("clean_size", clean_size, least=1, most=len(defender), what="images that are the defender's")
+    rest = defender.take(range(clean_size, len(defender)))
     return Splits(
         name=name,
         train=train,
-        clean=whole.test.take(order[:clean_size]),
-        heldout=whole.test.take(order[clean_size:half]),
-        test=whole.test.take(order[half:]),
+        clean=defender.take(range(clean_size)),
+        heldout=rest if heldout is None else heldout,
+        test=test,
         classes=whole.classes,
         fingerprint=fingerprint,
         seed=seed,
     )
+
+
+def _by_halves(name: str, whole: "_Whole", seed: int):
+    """Training images, the defender's half of the test split, no held-out images of its own, the other half."""
+    order = _balanced_order(whole.test.labels, (seed, 1))
+    half = len(order) // 2
+    if half == 0:
+        raise DataError(f"{name}: the test split has {len(order)} image; the defender's half takes another")
+    return whole.train, whole.test.take(order[:half]), None, whole.test.take(order[half:])
+
+
+def _by_tracks(name: str, whole: "_Whole", seed: int):
+    """Training images, the defender's, held-out ones, and the test split, of which no two share a track.
+
+    Held out is one track a class. The defender has so many tracks that they hold CLEAN_SIZE frames, classes
+    in proportion and at least one track a class. Its frames come in an order whose prefixes hold the classes
+    in proportion and mix the tracks.
+    """
+    tracks, first, inverse = np.unique(whole.tracks.numpy(), return_index=True, return_inverse=True)
+    labels = whole.train.labels[torch.from_numpy(first)]  # of each track
+    order = _balanced_order(labels, (seed, 1))
+    by_class = [order[labels.numpy()[order] == label] for label in np.unique(labels)]
+    if min(map(len, by_class)) < 3:
+        raise DataError(f"{name}: a class has fewer than 3 tracks; the attacker, the defender and heldout take one")
+    held = {tracks_of_class[-1] for tracks_of_class in by_class}
+    chosen = {tracks_of_class[0] for tracks_of_class in by_class}
+    frames = np.bincount(inverse)
+    for track in order:
+        if sum(frames[list(chosen)]) >= CLEAN_SIZE[name]:
+            break
+        chosen |= {track} - held
+    mine, out = (np.isin(inverse, list(some)) for some in (chosen, held))
+    defender = whole.train.take(mine)
+    defender = defender.take(_balanced_order(defender.labels, (seed, 2)))
+    return whole.train.take(~(mine | out)), defender, whole.train.take(out), whole.test
 
 
 def _check_whole(name: str, value: int, *, least: int, most: int | None = None, what: str = "") -> None:
@@ -169,6 +206,7 @@ class _Whole(NamedTuple):
     train: ImageSet
     test: ImageSet
     classes: tuple[str, ...]
+    tracks: Tensor | None = None  # int64, the track of each training image, where images come in tracks
 
 
 class _Source(NamedTuple):
@@ -186,6 +224,7 @@ class _Item(NamedTuple):
     file: _File
     label: int
     box: tuple[float, ...] | None = None  # left, upper, right, lower, as fractions of width and height
+    track: int = 0  # of GTSRB's training frames: those of one physical sign
 
 
 DECODER = 1  # raise this when the same files come to be decoded differently: old caches are then stale
@@ -344,12 +383,20 @@ def _gtsrb_frames(root: Path, image_size: int) -> _Source:
         items = _annotated(folder / f"GT-{folder.name}.csv", folder)
         if any(item.label != label for item in items):
             raise DataError(f"{folder / f'GT-{folder.name}.csv'}: it has a ClassId other than {label}")
-        train += items
+        train += [item._replace(track=_track(item)) for item in items]
     test = _annotated(table, test_images)
     strange = sorted({item.label for item in test} - set(range(len(GTSRB_SIGNS))))
     if strange:
         raise DataError(f"{table}: ClassId {_some(strange)} is not among the training classes, 0 to 42")
-    return _files(train, test, tuple(f"{i:02d} {sign}" for i, sign in enumerate(GTSRB_SIGNS)), image_size)
+    return _files(train, test, tuple(f"{i:02d} {sign}" for i, sign in enumerate(GTSRB_SIGNS)), image_size, tracks=True)
+
+
+def _track(item: _Item) -> int:
+    """A number for the track a training frame belongs to, from its name, TTTTT_FFFFF."""
+    name = Path(item.file.path).stem
+    if not re.fullmatch(r"\d{5}_\d{5}", name):
+        raise DataError(f"{item.file.path}: a training frame is named by track and frame, as 00007_00012.ppm")
+    return 100_000 * item.label + int(name[:5])
 
 
 def _annotated(table: Path, folder: Path) -> list[_Item]:
@@ -547,9 +594,17 @@ def save_folder(data: ImageSet, root: str | Path, classes: tuple[str, ...]) -> N
 # Decoding
 
 
-def _files(train: list[_Item], test: list[_Item], classes: tuple[str, ...], image_size: int) -> _Source:
+def _files(
+    train: list[_Item],
+    test: list[_Item],
+    classes: tuple[str, ...],
+    image_size: int,
+    *,
+    tracks: bool = False,
+) -> _Source:
     def decode() -> _Whole:
-        return _Whole(_decoded(train, image_size, "train"), _decoded(test, image_size, "test"), classes)
+        numbers = torch.tensor([item.track for item in train]) if tracks else None
+        return _Whole(_decoded(train, image_size, "train"), _decoded(test, image_size, "test"), classes, numbers)
 
     return _Source(_stamp(train, test, classes), decode)
 
@@ -647,7 +702,8 @@ def _read_cache(path: Path, stamp: str) -> tuple[_Whole, str] | None:
                 return None
             train = ImageSet(file.get_tensor("train_images"), file.get_tensor("train_labels"))
             test = ImageSet(file.get_tensor("test_images"), file.get_tensor("test_labels"))
-        whole = _Whole(train, test, tuple(json.loads(metadata["classes"])))
+            tracks = file.get_tensor("train_tracks") if "train_tracks" in file.keys() else None
+        whole = _Whole(train, test, tuple(json.loads(metadata["classes"])), tracks)
         # 0.1 s for CIFAR-10, so the sum is taken afresh and guards the pixels too
         sound = _fingerprint(whole) == metadata["fingerprint"]
     except (OSError, SafetensorError, KeyError, ValueError):
@@ -663,6 +719,8 @@ def _write_cache(path: Path, stamp: str, whole: _Whole, fingerprint: str) -> Non
         "test_images": whole.test.images,
         "test_labels": whole.test.labels,
     }
+    if whole.tracks is not None:
+        tensors["train_tracks"] = whole.tracks
     metadata = {"stamp": stamp, "classes": json.dumps(whole.classes), "fingerprint": fingerprint}
     try:
         with whole_file(path) as temporary:
