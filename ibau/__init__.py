@@ -7,7 +7,7 @@ __all__ = ["IBAUSettings", "__version__", "unlearn"]
 def __getattr__(name):
     # Imported on first use: `ibau --help` need not wait for torch.
     if name in ("IBAUSettings", "unlearn"):
-        from ibau import unlearning
+        from ibau.cleaning import recipe
 
-        return getattr(unlearning, name)
+        return getattr(recipe, name)
     raise AttributeError(f"module 'ibau' has no attribute {name!r}")

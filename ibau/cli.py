@@ -137,7 +137,7 @@ def _reproduce(args):
     if args.download:
         runner.fetch(args.profile, args.dataset, args.data)
     runner.check_options(args.profile, args.dataset, args.data)
-    from ibau.experiments import runs_dir
+    from ibau.study.records import runs_dir
 
     start = time.time()
     data_dir = str(Path(args.data).resolve()) if args.data else ""
@@ -148,8 +148,8 @@ def _reproduce(args):
 
 
 def _grid(args):
-    from ibau import grid
-    from ibau.datasets import DataError
+    from ibau.data.images import DataError
+    from ibau.study import grid
 
     runner.check_options(args.profile, args.dataset, args.data)
     data_dir = str(Path(args.data).resolve()) if args.data else ""
@@ -178,8 +178,8 @@ def _grid(args):
 
 
 def _clean(args):
-    from ibau import foreign
-    from ibau.models import ModelError
+    from ibau.networks.checkpoints import ModelError
+    from ibau.own_model import load as own_load
 
     (notebook,) = runner.select(runner.find_notebooks(args.notebooks), ["13"])
     given = {name: getattr(args, name) for name in CLEAN if getattr(args, name)}
@@ -188,7 +188,7 @@ def _clean(args):
     # `module:callable` may lie in the folder we were called in; the notebook runs in another
     os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
-        saved = foreign.out_path(values["checkpoint"], values.get("out", ""))
+        saved = own_load.out_path(values["checkpoint"], values.get("out", ""))
     except ModelError as error:
         raise runner.UsageError(str(error)) from None
     page = saved.with_suffix(".ipynb")

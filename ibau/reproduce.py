@@ -144,8 +144,9 @@ def check_parameters(notebooks, parameters):
 
 def check_options(profile, dataset, data_dir):
     """Raise UsageError for an unknown profile or data set, and for a folder that lacks or is not wanted."""
-    from ibau.datasets import DATASETS, cache_dir
-    from ibau.experiments import PROFILES
+    from ibau.data.cache import cache_dir
+    from ibau.data.splits import DATASETS
+    from ibau.study.settings import PROFILES
 
     if profile not in PROFILES:
         raise UsageError(f"no profile {profile!r}; there are {', '.join(PROFILES)}")
@@ -166,11 +167,12 @@ def check_options(profile, dataset, data_dir):
 
 def fetch(profile, dataset, data_dir):
     """Download the data set of this profile, or `dataset`, into `data_dir` unless it is there already."""
-    from ibau import experiments
-    from ibau.datasets import DataError, load
+    from ibau.data.images import DataError
+    from ibau.data.splits import load
+    from ibau.study import settings as study_settings
 
     try:
-        load(experiments.profile(profile, dataset).dataset, data_dir, download=True)
+        load(study_settings.profile(profile, dataset).dataset, data_dir, download=True)
     except (DataError, ValueError) as error:
         raise UsageError(str(error)) from None
 
@@ -249,7 +251,7 @@ def as_html(page):
         from nbconvert import HTMLExporter
     except ImportError:  # comes with jupyterlab
         return page
-    from ibau.files import whole_file
+    from ibau.data.files import whole_file
 
     text, _ = HTMLExporter().from_filename(str(page))
     with whole_file(page.with_suffix(".html"), like=page) as temporary:

@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_sample_images
 from torch import nn
 
-from ibau import attacks, models
+from ibau import attacks
 from ibau.attacks import ALL_TO_ALL, ATTACKS, Trigger, make_trigger, poison, poison_several, target_labels
 from ibau.attacks.badnets import badnets
 from ibau.attacks.blend import blend, seaside
 from ibau.attacks.neurons import by_weight, looking_into
-from ibau.attacks.stealth import high_frequency_share, psnr, spectrum, ssim, stealth
 from ibau.attacks.trojan import watermark
-from ibau.datasets import ImageSet, load
-from ibau.training import TrainSettings, train
+from ibau.data.images import ImageSet
+from ibau.data.splits import load
+from ibau.measure.stealth import high_frequency_share, psnr, spectrum, ssim, stealth
+from ibau.networks import models
+from ibau.networks.training import TrainSettings, train
 
 OPTIMISED = [name for name in ATTACKS if attacks.needs_model(name)]
 STEPS = {"trojan_square": 5, "trojan_watermark": 5, "l0_inv": 5, "l2_inv": 5}  # enough to compare two runs

@@ -4,45 +4,46 @@ import pandas as pd
 import pytest
 import torch
 
-from ibau import bench, unlearning
-from ibau.textbook import textbook
-from ibau.unlearning import IBAUSettings
+from benchmarks import speed
+from benchmarks.textbook import textbook
+from ibau.cleaning import recipe
+from ibau.cleaning.recipe import IBAUSettings
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_both_steps_are_the_same_step(precision):
-    random = bench._random(0.125, 20)
+    random = speed._random(0.125, 20)
     weights = [w.clone() for w in random[0].parameters()]
     settings = IBAUSettings.paper(3, tol=0.0, precision=precision)
-    fast, plain = (bench.stepper(*random, settings, how)() for how in (bench.FAST, bench.PLAIN))
-    assert bench._difference(fast, plain) < 1e-3
+    fast, plain = (speed.stepper(*random, settings, how)() for how in (speed.FAST, speed.PLAIN))
+    assert speed._difference(fast, plain) < 1e-3
     assert all(torch.equal(a, b) for a, b in zip(weights, random[0].parameters(), strict=True))
 
 
 def test_the_textbook_lasts_no_longer_than_its_context():
-    before = unlearning.hypergradient_of, unlearning.cheapen
+    before = recipe.hypergradient_of, recipe.cheapen
     with textbook():
-        assert unlearning.hypergradient_of is not before[0]
-    assert (unlearning.hypergradient_of, unlearning.cheapen) == before
+        assert recipe.hypergradient_of is not before[0]
+    assert (recipe.hypergradient_of, recipe.cheapen) == before
 
 
 def test_ratios_are_of_neighbours(monkeypatch):
     clock = iter([0.0, 1, 1, 4, 4, 6, 6, 8])  # 1 s and 3 s, then 2 s and 2 s
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
-    first, second = bench._compared({"K": 5}, {"a": lambda: None, "b": lambda: None}, 2)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    first, second = speed._compared({"K": 5}, {"a": lambda: None, "b": lambda: None}, 2)
     assert (first["median"], second["median"], first["K"]) == (1.5, 2.5, 5)
     assert (first["ratio_median"], first["ratio_min"], first["ratio_max"]) == (2, 1, 3)
 
 
 def test_a_short_run_writes_every_table(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        bench, "memory", lambda **_: pd.DataFrame([{"K": 5, "peak_mb": 1.0}])
+        speed, "memory", lambda **_: pd.DataFrame([{"K": 5, "peak_mb": 1.0}])
     )  # starts processes
-    effort = bench.experiments.Profile("mnist5k", 100, 0.125, bench.experiments.TrainSettings(epochs=1))
-    monkeypatch.setattr(bench.experiments, "profile", lambda *_: effort)
+    effort = speed.experiments.Profile("mnist5k", 100, 0.125, speed.experiments.TrainSettings(epochs=1))
+    monkeypatch.setattr(speed.experiments, "profile", lambda *_: effort)
     monkeypatch.setenv("IBAU_RUNS", str(tmp_path / "runs"))
-    bench.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
-    for name in bench.TABLES:
+    speed.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
+    for name in speed.TABLES:
         table = pd.read_csv(tmp_path / f"speed_{name}.csv")
         assert len(table) >= 1
         assert {"device", "threads", "torch", "commit", "date"} <= set(table.columns)
@@ -54,11 +55,11 @@ def test_a_short_run_writes_every_table(tmp_path, monkeypatch):
 def test_a_table_keeps_the_rows_of_other_data_sets(tmp_path):
     file = tmp_path / "speed_effect.csv"
     for dataset, seconds in (("mnist5k", 3.0), ("cifar10", 2.0), ("mnist5k", 1.0)):
-        bench.write(pd.DataFrame([{"median": seconds}]), file, dataset)
+        speed.write(pd.DataFrame([{"median": seconds}]), file, dataset)
     table = pd.read_csv(file)
     assert dict(zip(table["dataset"], table["median"], strict=True)) == {"cifar10": 2.0, "mnist5k": 1.0}
 
 
 def test_repeats_must_be_positive():
     with pytest.raises(SystemExit):
-        bench.main(["--repeats", "0"])
+        speed.main(["--repeats", "0"])

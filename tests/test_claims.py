@@ -6,9 +6,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from ibau import claims, experiments, figures, tables
-from ibau.claims import CLAIMS, FAILS, HOLDS, PARTLY, UNMEASURED, Evidence
-from ibau.tables import BASELINES, COLUMNS, OURS, UNDEFENDED
+from ibau.report import claims, figures, tables
+from ibau.report.claims import CLAIMS, FAILS, HOLDS, PARTLY, UNMEASURED, Evidence
+from ibau.report.tables import BASELINES, COLUMNS, OURS, UNDEFENDED
+from ibau.study import records as study_records
 
 
 def row(defence=OURS, attack="BadNets", acc=70.0, asr=5.0, **other):
@@ -72,7 +73,7 @@ def test_the_published_records_are_found_by_the_grids_cells():
     """Every published victim of the tables' settings is somebody's undefended cell."""
     frame = tables.recorded("single-target", "quick", "mnist5k")
     found = frame[(frame["defence"] == UNDEFENDED) & (frame["seed"] == 0)].set_index("attack")
-    for record in experiments.recorded_victims():
+    for record in study_records.recorded_victims():
         about, label = record["settings"], tables.attack_label(record["settings"])
         if (about["dataset"], about["seed"]) == ("mnist5k", 0) and label in found.index:
             assert found.loc[label, "acc"] == 100 * record["measured"]["acc"]["value"]

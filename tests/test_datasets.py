@@ -16,8 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ibau import datasets
-from ibau.datasets import CIFAR10_CLASSES, DataError, ImageSet, load
+from ibau.data import folders, splits
+from ibau.data.cifar10 import CIFAR10_CLASSES
+from ibau.data.folders import _read
+from ibau.data.gtsrb import GTSRB_ARCHIVES
+from ibau.data.images import DataError, ImageSet, balanced_order
+from ibau.data.splits import load
 
 GTSRB_HEADER = ("Filename", "Width", "Height", "Roi.X1", "Roi.Y1", "Roi.X2", "Roi.Y2", "ClassId")
 
@@ -37,8 +41,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def decodings(monkeypatch):
     """A list that grows by one whenever an image file is decoded."""
-    calls, read = [], datasets._read
-    monkeypatch.setattr(datasets, "_read", lambda *args: calls.append(args) or read(*args))
+    calls, read = [], _read
+    monkeypatch.setattr(folders, "_read", lambda *args: calls.append(args) or read(*args))
     return calls
 
 
@@ -277,7 +281,7 @@ def test_seeds_differ_and_repeat(ragged):
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8), seed=st.integers(0, 2**32))
 def test_balanced_order_is_a_permutation_with_balanced_prefixes(sizes, seed):
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    order = datasets._balanced_order(labels, seed)
+    order = balanced_order(labels, seed)
     assert sorted(order) == list(range(sum(sizes)))
     for n in range(1, sum(sizes) + 1):
         counts = np.bincount(labels[order[:n]], minlength=len(sizes))
@@ -390,7 +394,7 @@ def test_no_room_for_the_cache_is_a_warning(tmp_path, cache, monkeypatch):
         path.write_bytes(b"a part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(datasets, "save_file", full)
+    monkeypatch.setattr(splits, "save_file", full)
     with pytest.warns(UserWarning, match=r"No space left.*IBAU_CACHE"):
         assert len(load("folder", make_folder(tmp_path / "data")).train) == 6
     assert not list(cache.iterdir())
@@ -603,7 +607,7 @@ def test_gtsrb_downloads_the_official_archives_when_something_is_missing(tmp_pat
 
     monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", fetch)
     assert len(load("gtsrb", root, download=True).train) == 43
-    assert fetched == list(datasets.GTSRB_ARCHIVES)
+    assert fetched == list(GTSRB_ARCHIVES)
     load("gtsrb", root, download=True)
     assert len(fetched) == 3
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ibau import models
-from ibau.datasets import ImageSet
+from ibau.cleaning.recipe import IBAUSettings
+from ibau.data.images import ImageSet
 from ibau.defences import DEFENCES, defence, quick
 from ibau.defences.deepinspect import DeepInspectSettings
 from ibau.defences.dp_sgd import DPSGDSettings, _private, afresh, epsilon, with_group_norm
@@ -21,8 +21,8 @@ from ibau.defences.finetune import FinetuneSettings
 from ibau.defences.nad import NADSettings, attention_loss, attention_map, outputs_of, stages_of
 from ibau.defences.neural_cleanse import NeuralCleanseSettings
 from ibau.defences.tabor import TaborSettings
-from ibau.training import TrainingError, TrainSettings, train
-from ibau.unlearning import IBAUSettings
+from ibau.networks import checkpoints, models
+from ibau.networks.training import TrainingError, TrainSettings, train
 
 BRIEF = TrainSettings(epochs=2, batch_size=8)
 REVERSE = {"steps": 2, "batch_size": 4, "patch_epochs": 1, "unflagged": "smallest"}
@@ -220,8 +220,8 @@ def test_pruned_channels_are_dead_after_fine_tuning_and_saving(weight_decay, mod
     assert found.evidence["pruned"] == found.evidence["channels"] == 32
     found, dead = pruned_model(model, data, tolerance=0.3, training=training)
     assert 0 < len(dead) < 32
-    path = models.save(found.model, tmp_path / "pruned.safetensors")
-    loaded = models.load(path, models.build("small_vgg", 4, width=0.25))
+    path = checkpoints.save(found.model, tmp_path / "pruned.safetensors")
+    loaded = checkpoints.load(path, models.build("small_vgg", 4, width=0.25))
     images = data.images[:4].float() / 255
     clean = loaded(images)
 

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ibau.attacks import ALL_TO_ALL, Trigger, poison
-from ibau.datasets import ImageSet, load
+from ibau.data.images import ImageSet
+from ibau.data.splits import load
+from ibau.defences.base import Defence
 from ibau.defences.deepinspect import (
     DeepInspectSettings,
     Still,
@@ -18,9 +20,7 @@ from ibau.defences.deepinspect import (
     small_side_indices,
 )
 from ibau.defences.deepinspect import objective as deepinspect_objective
-from ibau.defences.neural_cleanse import NeuralCleanseSettings, neural_cleanse, objective
-from ibau.defences.protocol import Defence
-from ibau.defences.reverse import (
+from ibau.defences.inversion import (
     Schedule,
     Triggers,
     anomaly_indices,
@@ -32,6 +32,7 @@ from ibau.defences.reverse import (
     stamp_some,
     success_rates,
 )
+from ibau.defences.neural_cleanse import NeuralCleanseSettings, neural_cleanse, objective
 from ibau.defences.tabor import (
     TaborSettings,
     blocking,
@@ -43,8 +44,8 @@ from ibau.defences.tabor import (
     score,
     tabor,
 )
-from ibau.metrics import accuracy, attack_success_rate
-from ibau.training import TrainSettings, to_float, train
+from ibau.measure.rates import accuracy, attack_success_rate
+from ibau.networks.training import TrainSettings, to_float, train
 
 TARGET = 3
 SEEDS = range(5)

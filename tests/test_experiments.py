@@ -13,14 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ibau import experiments, models, training
 from ibau.attacks import ATTACKS, Trigger
-from ibau.datasets import DATASETS, ImageSet, Splits
-from ibau.defences.protocol import Defence, Defended
-from ibau.experiments import PROFILES, VictimSettings, key, profile, unlearn_record, victim, write_json
-from ibau.models import ModelError
-from ibau.training import TrainSettings
-from ibau.unlearning import IBAUSettings
+from ibau.cleaning.recipe import IBAUSettings
+from ibau.data.images import ImageSet, Splits
+from ibau.data.splits import DATASETS
+from ibau.defences.base import Defence, Defended
+from ibau.networks import checkpoints, models, training
+from ibau.networks.checkpoints import ModelError
+from ibau.networks.training import TrainSettings
+from ibau.study import experiment
+from ibau.study import records as study_records
+from ibau.study import settings as study_settings
+from ibau.study.experiment import unlearn_record, victim
+from ibau.study.records import key, write_json
+from ibau.study.settings import PROFILES, VictimSettings, profile
 
 TRAINING = TrainSettings(epochs=3, batch_size=16, precision="float32")
 SETTINGS = VictimSettings(
@@ -46,7 +52,7 @@ def splits():
 @pytest.fixture(autouse=True)
 def runs(tmp_path, monkeypatch):
     monkeypatch.setenv("IBAU_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(experiments, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(experiment, "default_device", lambda: torch.device("cpu"))
     return tmp_path / "runs"
 
 
@@ -58,7 +64,7 @@ def untrained(monkeypatch):
         def fail(*_, **__):
             raise AssertionError("this was done before")
 
-        monkeypatch.setattr(experiments, "train", fail)
+        monkeypatch.setattr(experiment, "train", fail)
         monkeypatch.setattr(Defence, "__call__", fail)
 
     return forbid
@@ -97,7 +103,7 @@ def test_a_victims_record_says_what_made_it(splits, runs):
     assert about["data"] == splits.fingerprint
     assert (about["train_images"], about["target"], about["training"]["epochs"]) == (60, 2, 3)
     (weights,) = (runs / "models").glob("*.safetensors")
-    assert models.read_settings(weights) == about
+    assert checkpoints.read_settings(weights) == about
     assert weights.name.startswith("tint-badnets-")
     measured = made.record["measured"]
     assert measured["acc"]["n"] == 30
@@ -128,7 +134,7 @@ def test_an_attack_that_needs_a_model_gets_the_clean_one(splits, runs, monkeypat
         seen.update(offered, model=model, image_size=image_size)
         return Trigger(attack, "replace", torch.ones(3, 32, 32), torch.zeros(1, 32, 32))
 
-    monkeypatch.setattr(experiments, "make_trigger", make)
+    monkeypatch.setattr(experiment, "make_trigger", make)
     victim(replace(SETTINGS, attack="l2_inv"), splits)
     clean = victim(replace(SETTINGS, attack="none", target=0), splits)
     assert same(seen["model"], clean.model)
@@ -154,7 +160,7 @@ OTHER = {
 def test_every_setting_names_another_victim(splits, runs, monkeypatch):
     """No two settings may share a file; a setting added later must be added to OTHER."""
     assert set(OTHER) == {field.name for field in fields(VictimSettings)}
-    monkeypatch.setattr(experiments, "train", lambda *_, **__: [])
+    monkeypatch.setattr(experiment, "train", lambda *_, **__: [])
     stems = set()
     variants = [SETTINGS, *(replace(SETTINGS, **{name: value}) for name, value in OTHER.items())]
     for field in fields(TrainSettings):
@@ -208,9 +214,9 @@ def test_several_triggers_are_measured_together_and_each(splits):
 
 def test_several_triggers_share_the_poison(splits):
     settings = replace(SETTINGS, attack="badnets+blend")
-    poisoned = experiments.poison_with(victim(settings, splits).attacks, settings, splits)
+    poisoned = experiment.poison_with(victim(settings, splits).attacks, settings, splits)
     assert [len(group) for group in poisoned.per_trigger] == [9, 9]  # 0.3 of 60 together
-    assert experiments.poison_with((), replace(SETTINGS, attack="none"), splits) is None
+    assert experiment.poison_with((), replace(SETTINGS, attack="none"), splits) is None
 
 
 def test_all_to_all_counts_every_image(splits):
@@ -237,15 +243,15 @@ def test_a_strong_trigger_is_made_against_the_same_clean_model(splits, runs, mon
     def make(attack, image_size, **offered):
         return Trigger(attack, "replace", torch.ones(3, 32, 32), torch.zeros(1, 32, 32))
 
-    monkeypatch.setattr(experiments, "make_trigger", make)
+    monkeypatch.setattr(experiment, "make_trigger", make)
     victim(replace(SETTINGS, attack=attack), splits)
     victim(replace(SETTINGS, attack="l2_inv", strength=5.0), splits)
     assert len(list((runs / "models").glob("tint-none-*.json"))) == 1
 
 
 def test_the_standard_settings_are_the_seven_and_two_of_many_targets():
-    made = experiments.standard_victims(PROFILES["quick"], seed=3)
-    assert list(made) == ["clean", *experiments.STANDARD] and len(made) == 10
+    made = study_settings.standard_victims(PROFILES["quick"], seed=3)
+    assert list(made) == ["clean", *study_settings.STANDARD] and len(made) == 10
     assert made["clean"].attacks == () and made["seven triggers"].attacks == tuple(ATTACKS)
     assert {settings.attack for settings in made.values()} >= set(ATTACKS)
     assert made["all-to-all"].target == "all-to-all"
@@ -255,19 +261,19 @@ def test_the_standard_settings_are_the_seven_and_two_of_many_targets():
 
 
 def test_published_victims_are_read_back(splits, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "figures_dir", lambda: tmp_path)
-    assert experiments.recorded_victims() == []
+    monkeypatch.setattr(study_records, "figures_dir", lambda: tmp_path)
+    assert study_records.recorded_victims() == []
     record = victim(SETTINGS, splits).record
-    path = experiments.publish_victim(record)
+    path = study_records.publish_victim(record)
     assert path.parent == tmp_path / "data" / "victims" and path.name.startswith("tint-badnets-")
-    assert experiments.recorded_victims() == [json.loads(json.dumps(record))]
+    assert study_records.recorded_victims() == [json.loads(json.dumps(record))]
 
 
 def test_key_does_not_depend_on_order_but_on_the_format(monkeypatch):
     assert key({"a": 1, "b": 2}) == key({"b": 2, "a": 1}) != key({"a": 1, "b": 3})
     assert len(key({})) == 16
     before = key({"a": 1})
-    monkeypatch.setattr(experiments, "FORMAT", experiments.FORMAT + 1)
+    monkeypatch.setattr(study_records, "FORMAT", study_records.FORMAT + 1)
     assert key({"a": 1}) != before
 
 
@@ -310,7 +316,7 @@ def test_a_death_between_training_and_the_note_trains_again(splits, runs, monkey
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiments, "write_json", full_disk)
+        patch.setattr(study_records, "write_json", full_disk)
         with pytest.raises(OSError, match="No space"):
             victim(SETTINGS, splits)
     assert len(victim(SETTINGS, splits).record["training"]) == 3
@@ -389,15 +395,17 @@ def test_an_unlearning_record_is_complete_and_made_once(splits, runs, untrained)
 
 def test_the_record_is_about_the_model_beside_it(splits, untrained):
     record = unlearn_record(SETTINGS, splits, DEFENCE)
-    cleaned = models.load(experiments.kept(record, ".safetensors"), models.build("small_vgg", 3, 0.125))
+    cleaned = checkpoints.load(
+        study_records.kept(record, ".safetensors"), models.build("small_vgg", 3, 0.125)
+    )
     attacked = victim(SETTINGS, splits)
     assert not same(cleaned, attacked.model)
-    measured = experiments.measure(cleaned, splits, attacked.attacks)
-    assert {**measured, "der": experiments.rating(record["before"], measured)} == record["after"]
+    measured = experiment.measure(cleaned, splits, attacked.attacks)
+    assert {**measured, "der": experiment.rating(record["before"], measured)} == record["after"]
     assert record["before"] == attacked.record["measured"]
     assert record["curve"][0]["acc"] == record["before"]["acc"]  # fewer than are watched: the same
     assert record["curve"][-1]["asr"] == record["after"]["asr"]
-    deltas = load_file(experiments.kept(record, ".tensors"))
+    deltas = load_file(study_records.kept(record, ".tensors"))
     assert {name: tuple(d.shape) for name, d in deltas.items()} == {
         "delta 1": (3, 32, 32),
         "delta 2": (4, 32, 32),
@@ -406,7 +414,7 @@ def test_the_record_is_about_the_model_beside_it(splits, untrained):
 
 
 def test_a_curve_is_of_the_first_images_which_several_triggers_share(splits, monkeypatch):
-    monkeypatch.setattr(experiments, "WATCHED", 12)
+    monkeypatch.setattr(experiment, "WATCHED", 12)
     record = unlearn_record(replace(SETTINGS, attack="badnets+blend+badnets"), splits, DEFENCE)
     first = splits.test.labels[:4].tolist()
     attackable = sum(label != target for target in (0, 1, 2) for label in first)
@@ -457,36 +465,36 @@ def stub(**about):
 def stubs(monkeypatch):
     """The data that defences which see "clean", "nothing" and "poisoned" (so they are called) were given."""
     made = {sees: stub(sees=sees) for sees in ("clean", "nothing", "poisoned")}
-    monkeypatch.setattr(experiments.defences, "DEFENCES", {sees: entry[0] for sees, entry in made.items()})
+    monkeypatch.setattr(experiment.defences, "DEFENCES", {sees: entry[0] for sees, entry in made.items()})
     return {sees: entry[1] for sees, entry in made.items()}
 
 
 def test_a_defence_is_given_what_it_may_see(splits, stubs):
     for sees in stubs:
-        experiments.defence_record(SETTINGS, splits, sees)
+        experiment.defence_record(SETTINGS, splits, sees)
     assert torch.equal(stubs["clean"][0].images, splits.clean.images)
     assert stubs["nothing"] == [None]
-    expected = experiments.poison_with(victim(SETTINGS, splits).attacks, SETTINGS, splits).data
+    expected = experiment.poison_with(victim(SETTINGS, splits).attacks, SETTINGS, splits).data
     (seen,) = stubs["poisoned"]
     assert torch.equal(seen.images, expected.images) and torch.equal(seen.labels, expected.labels)
     assert not torch.equal(seen.labels, splits.train.labels)
-    experiments.defence_record(replace(SETTINGS, attack="none"), splits, "poisoned")
+    experiment.defence_record(replace(SETTINGS, attack="none"), splits, "poisoned")
     assert stubs["poisoned"][1] is splits.train
 
 
 def test_a_defence_without_rounds_has_no_curve_but_its_evidence(splits, stubs):
-    record = experiments.defence_record(SETTINGS, splits, "clean", NoSettings(1e6))
+    record = experiment.defence_record(SETTINGS, splits, "clean", NoSettings(1e6))
     assert record["curve"] == [] and record["evidence"] == {"flagged": [2]}
     assert record["settings"]["defence_settings"] == {"shift": 1e6}
     assert record["after"]["acc"]["value"] == pytest.approx(1 / 3)  # all are of the first class now
-    assert torch.equal(load_file(experiments.kept(record, ".tensors"))["masks"][0], torch.eye(3))
+    assert torch.equal(load_file(study_records.kept(record, ".tensors"))["masks"][0], torch.eye(3))
 
 
 def test_clean_images_nobody_sees_make_no_other_record(splits, stubs):
     fewer = replace(splits, clean=splits.clean.take(range(9)))
     for sees, given in stubs.items():
         for parts in (splits, fewer):
-            experiments.defence_record(SETTINGS, parts, sees)
+            experiment.defence_record(SETTINGS, parts, sees)
         assert len(given) == (2 if sees == "clean" else 1)
 
 
@@ -494,18 +502,18 @@ def test_a_model_of_another_kind_is_kept_too(splits, monkeypatch):
     def regrown(model, data, *, settings, seed=0, progress=False):
         return Defended(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3)))
 
-    monkeypatch.setattr(experiments.defences, "DEFENCES", {"regrown": Defence("R", regrown, NoSettings)})
-    record = experiments.defence_record(SETTINGS, splits, "regrown")
-    assert set(models.load_state(experiments.kept(record, ".safetensors"))) == {"1.weight", "1.bias"}
-    assert not experiments.kept(record, ".tensors").exists()
+    monkeypatch.setattr(experiment.defences, "DEFENCES", {"regrown": Defence("R", regrown, NoSettings)})
+    record = experiment.defence_record(SETTINGS, splits, "regrown")
+    assert set(checkpoints.load_state(study_records.kept(record, ".safetensors"))) == {"1.weight", "1.bias"}
+    assert not study_records.kept(record, ".tensors").exists()
 
 
 def test_bad_defences_are_refused(splits, runs, stubs):
     with pytest.raises(ValueError, match="unknown defence 'nc'; valid: clean, nothing, poisoned"):
-        experiments.defence_record(SETTINGS, splits, "nc")
+        experiment.defence_record(SETTINGS, splits, "nc")
     assert not runs.exists()  # nothing was trained for it
     with pytest.raises(ValueError, match="Stub takes settings of type NoSettings, not IBAUSettings"):
-        experiments.defence_record(SETTINGS, splits, "clean", DEFENCE)
+        experiment.defence_record(SETTINGS, splits, "clean", DEFENCE)
 
 
 def test_measuring_the_rounds_is_not_counted(splits, monkeypatch):
@@ -514,10 +522,10 @@ def test_measuring_the_rounds_is_not_counted(splits, monkeypatch):
             on_round(model, [{"round": i + 1}])
         return Defended(model, [{"round": 3}])
 
-    real = experiments.measure
-    monkeypatch.setattr(experiments.defences, "DEFENCES", {"watched": Defence("W", watched, NoSettings)})
-    monkeypatch.setattr(experiments, "measure", lambda *a: time.sleep(0.2) or real(*a))
-    record = experiments.defence_record(SETTINGS, splits, "watched")
+    real = experiment.measure
+    monkeypatch.setattr(experiment.defences, "DEFENCES", {"watched": Defence("W", watched, NoSettings)})
+    monkeypatch.setattr(experiment, "measure", lambda *a: time.sleep(0.2) or real(*a))
+    record = experiment.defence_record(SETTINGS, splits, "watched")
     assert [point["round"] for point in record["curve"]] == [0, 1, 2, 3]
     assert 0 <= record["seconds"] < 0.4  # of 0.6 and more that measuring took
 
@@ -535,12 +543,12 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_damaged_record_is_made_again(splits, stubs, damage):
-    record = experiments.defence_record(SETTINGS, splits, "clean")
-    path = experiments.kept(record, ".json")
+    record = experiment.defence_record(SETTINGS, splits, "clean")
+    path = study_records.kept(record, ".json")
     text = path.read_text()
     path.write_text(damage(text))
     assert path.read_text() != text
-    assert untimed(experiments.defence_record(SETTINGS, splits, "clean")) == untimed(record)
+    assert untimed(experiment.defence_record(SETTINGS, splits, "clean")) == untimed(record)
     assert len(stubs["clean"]) == 2
     assert untimed(json.loads(path.read_text())) == untimed(record)
 
@@ -560,13 +568,15 @@ def test_a_damaged_note_trains_the_victim_again(splits, runs):
 
 def test_a_record_of_before_the_checksums_is_read(tmp_path):
     path = write_json(tmp_path / "a.json", {"settings": {"defence": "ibau"}})
-    assert experiments.recorded(tmp_path) == [{"settings": {"defence": "ibau"}}]
-    assert experiments.recorded(tmp_path, defence="nc") == []
-    written = experiments.write_record(path, {"settings": {"defence": "nc"}, "map": {1: (2.5, float("inf"))}})
-    assert experiments.recorded(tmp_path, defence="nc") == [written] == [experiments.read_record(path)]
+    assert study_records.recorded(tmp_path) == [{"settings": {"defence": "ibau"}}]
+    assert study_records.recorded(tmp_path, defence="nc") == []
+    written = study_records.write_record(
+        path, {"settings": {"defence": "nc"}, "map": {1: (2.5, float("inf"))}}
+    )
+    assert study_records.recorded(tmp_path, defence="nc") == [written] == [study_records.read_record(path)]
     path.write_text(path.read_text().replace("2.5", "2.6"))
     with pytest.raises(ValueError, match="cut short or edited since it was written: a.json"):
-        experiments.recorded(tmp_path)
+        study_records.recorded(tmp_path)
 
 
 def test_two_that_want_the_same_record_make_it_once(runs, tmp_path):
@@ -603,24 +613,24 @@ def test_a_killed_holder_frees_the_lock(runs, tmp_path):
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(program)]).returncode == -signal.SIGKILL
     assert "process" in (runs / "locks" / "a.lock").read_text()
     path = tmp_path / "a.json"
-    assert experiments.once(path, lambda: experiments.write_record(path, {"a": 1}))["a"] == 1
+    assert study_records.once(path, lambda: study_records.write_record(path, {"a": 1}))["a"] == 1
 
 
 def test_a_folder_that_cannot_be_locked_is_told(runs, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("No locks available")
 
-    monkeypatch.setattr(experiments.fcntl, "flock", refuse)
+    monkeypatch.setattr(experiment.fcntl, "flock", refuse)
     path = tmp_path / "a.json"
     with pytest.warns(UserWarning, match="No locks available.*made twice"):
-        assert experiments.once(path, lambda: experiments.write_record(path, {"a": 1}))["a"] == 1
+        assert study_records.once(path, lambda: study_records.write_record(path, {"a": 1}))["a"] == 1
 
 
 def test_rating_by_hand():
     def measured(acc, asr):
         return {name: {"value": v, "n": 100, "low": 0, "high": 1} for name, v in (("acc", acc), ("asr", asr))}
 
-    assert experiments.rating(measured(0.8, 0.9), measured(0.7, 0.1))["value"] == pytest.approx(0.85)
+    assert experiment.rating(measured(0.8, 0.9), measured(0.7, 0.1))["value"] == pytest.approx(0.85)
 
 
 # ---- profiles, headline, files
@@ -645,7 +655,7 @@ def test_the_headline_is_the_mean_over_the_records(runs):
         victim_settings = {"dataset": "mnist5k", "attack": "badnets"}
         return {"settings": {"victim": victim_settings}, "before": rates[0], "after": rates[1]}
 
-    path = experiments.write_headline(
+    path = study_records.write_headline(
         "quick", [record((0.9, 1.0), (0.88, 0.02)), record((0.92, 0.98), (0.9, 0.0))]
     )
     assert path == runs / "quick" / "headline.json"
@@ -663,16 +673,16 @@ def test_the_headline_is_the_mean_over_the_records(runs):
 def test_runs_dir_follows_the_environment(tmp_path, monkeypatch, root):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IBAU_RUNS", "here")
-    assert experiments.runs_dir() == tmp_path / "here"
+    assert study_records.runs_dir() == tmp_path / "here"
     monkeypatch.delenv("IBAU_RUNS")
-    assert experiments.runs_dir() == (root if (root / "notebooks").is_dir() else tmp_path) / "runs"
+    assert study_records.runs_dir() == (root if (root / "notebooks").is_dir() else tmp_path) / "runs"
 
 
 def test_what_is_written_is_as_readable_as_the_umask_says(tmp_path):
     before = os.umask(0o027)
     try:
         write_json(tmp_path / "a.json", {})
-        models.save(torch.nn.Linear(1, 1), tmp_path / "a.safetensors")
+        checkpoints.save(torch.nn.Linear(1, 1), tmp_path / "a.safetensors")
         Trigger("t", "add", torch.zeros(3, 2, 2), torch.zeros(1, 2, 2)).save(tmp_path / "a.trigger")
     finally:
         os.umask(before)
@@ -684,7 +694,7 @@ def test_write_json_writes_whole_files_only(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == {"version": 1}
     with pytest.raises(TypeError):
         write_json(path, {"version": 2, "list": [1] * 10_000, "tensor": torch.ones(1)})
-    monkeypatch.setattr(experiments.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(experiment.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"version": 3})
     assert json.loads(path.read_text()) == {"version": 1}

@@ -10,10 +10,13 @@ import pandas as pd
 import pytest
 import torch
 
-from ibau import experiments, figures, grid, tables
 from ibau.attacks import ALL_TO_ALL, Trigger, badnets, blend
+from ibau.cleaning.recipe import IBAUSettings
 from ibau.defences import DEFENCES
-from ibau.unlearning import IBAUSettings
+from ibau.report import figures, tables
+from ibau.study import grid
+from ibau.study import records as study_records
+from ibau.study import settings as study_settings
 
 
 def rate(value, n=1000):
@@ -57,7 +60,7 @@ def test_other_settings_are_other_rows():
 
 
 def test_published_records_carry_what_they_must():
-    found = experiments.recorded()
+    found = study_records.recorded()
     assert {r["settings"]["victim"]["dataset"] for r in found} == {"mnist5k", "cifar10", "gtsrb"}
     for r in found:
         assert {"device", "threads", "torch", "commit", "date"} <= r["provenance"].keys()
@@ -80,7 +83,7 @@ def test_published_records_carry_what_they_must():
 def changed(record, label="BadNets", acc=0.0, asr=0.05, clean=500):
     """A copy of `record` of the labelled attack, ACC changed by `acc`, ending at this ASR."""
     new = copy.deepcopy(record)
-    attack, target = ("none", 0) if label == "clean" else experiments.STANDARD[label]
+    attack, target = ("none", 0) if label == "clean" else study_settings.STANDARD[label]
     new["settings"]["victim"] |= {"attack": attack, "target": target}
     new["settings"]["clean_images"] = clean
     new["after"]["acc"] = rate(new["before"]["acc"]["value"] + acc)
@@ -99,7 +102,7 @@ def test_the_removal_table_marks_every_miss_and_names_what_was_not_run():
     column = table["somewhere, 500 clean"]
     assert [column[label] for label, *_ in cells] == [shown for *_, shown in cells]
     assert column["Smooth"] == "not run"
-    assert list(table.index) == ["clean", *experiments.STANDARD]
+    assert list(table.index) == ["clean", *study_settings.STANDARD]
     [worse] = figures.removal_table([changed(record(), "clean", -0.011)]).loc["clean"]
     assert worse == "-1.1*"
 
@@ -127,8 +130,8 @@ def test_the_removal_table_mixes_no_poison_ratios_and_leaves_out_sizes_between()
 
 def test_the_readme_shows_the_recorded_results(root, tmp_path):
     readme = (root / "README.md").read_text(encoding="utf-8")
-    assert figures.results_markdown(experiments.recorded(defence="ibau")) in readme
-    assert figures.victims_markdown(experiments.recorded_victims()) in readme
+    assert figures.results_markdown(study_records.recorded(defence="ibau")) in readme
+    assert figures.victims_markdown(study_records.recorded_victims()) in readme
     stale = tmp_path / "README.md"
     stale.write_text("a\n<!-- results: x -->\nold\n<!-- end of results -->\nb\n", encoding="utf-8")
     figures.write_readme(stale)
@@ -229,7 +232,7 @@ def test_roles_are_coloured_by_what_is_written(axes):
 
 def a_victim(label, acc=0.9, asr=0.97, seed=0, **other):
     """The record of the victim with this label, as `experiments.victim` writes them."""
-    attack, target = {"clean": ("none", 0), **experiments.STANDARD}[label]
+    attack, target = {"clean": ("none", 0), **study_settings.STANDARD}[label]
     several = attack.split("+") if attack != "none" else []
     hidden = dict.fromkeys(figures.STEALTH, 0.25)
     about = {
@@ -252,7 +255,7 @@ def a_victim(label, acc=0.9, asr=0.97, seed=0, **other):
     }
 
 
-EXPECTED = dict.fromkeys(experiments.STANDARD, 0.95) | {"Smooth": 0.9}
+EXPECTED = dict.fromkeys(study_settings.STANDARD, 0.95) | {"Smooth": 0.9}
 
 
 def test_victims_trained_alike_come_together():
@@ -285,7 +288,7 @@ def test_the_victims_table_says_what_was_expected_and_what_is_missing():
     ]
     (found,) = figures.trained_alike(records).values()
     table = figures.victims_table(found, EXPECTED)
-    assert list(table.index) == ["clean", *experiments.STANDARD]
+    assert list(table.index) == ["clean", *study_settings.STANDARD]
     verdict = table["as expected"]
     assert verdict["BadNets"] == "yes" and verdict["Blend"] == "no: ACC"
     assert verdict["l0-inv"] == "no: ASR < 95%" and verdict["Smooth"] == "yes"
@@ -312,7 +315,7 @@ def test_several_seeds_of_a_victim_show_their_spread():
 
 def test_the_readmes_attacks_name_what_was_not_run():
     lines = figures.victims_markdown([a_victim("clean", acc=0.98), a_victim("Smooth", asr=0.5)]).splitlines()
-    assert len(lines) == 2 + 1 + len(experiments.STANDARD)
+    assert len(lines) == 2 + 1 + len(study_settings.STANDARD)
     assert "| clean | 98.0 |" in lines
     assert any(line.startswith("| Smooth | ") and line.endswith(" / 50.0 |") for line in lines)
     assert "| Blend | not run |" in lines
@@ -322,7 +325,7 @@ def test_the_variants_table_has_a_column_a_variant():
     variants = {"default": IBAUSettings(), "K = 5": IBAUSettings(K=5), "other": IBAUSettings(lr=1.0)}
     table = figures.variants_table([changed(record(), asr=0.01), changed(record(K=5), asr=0.2)], variants)
     assert table.loc["BadNets"].tolist() == ["+0.0 / 1.0", "+0.0 / 20.0*", "not run"]
-    assert list(table.index) == ["clean", *experiments.STANDARD]
+    assert list(table.index) == ["clean", *study_settings.STANDARD]
 
 
 def test_a_replacing_perturbation_is_shown_on_grey_and_an_added_one_by_its_sign():
@@ -360,9 +363,9 @@ def test_each_of_several_triggers_has_its_row():
 
 
 def test_recorded_victims_make_tables():
-    for found in figures.trained_alike(experiments.recorded_victims()).values():
+    for found in figures.trained_alike(study_records.recorded_victims()).values():
         assert len(figures.victims_table(found, EXPECTED)) == 10
-        assert set(figures.stealth_table(found).index) <= set(experiments.STANDARD)
+        assert set(figures.stealth_table(found).index) <= set(study_settings.STANDARD)
 
 
 # ---- defences
@@ -413,7 +416,7 @@ def test_attention_is_drawn_with_zero_as_black(axes):
 def a_cell(name, seed=0, victim_seed=None, **settings):
     settings = replace(grid.settings_for(name, "quick", "mnist5k"), **settings)
     seeds = {"seed": seed if victim_seed is None else victim_seed}
-    attacked = experiments.standard_victims(experiments.PROFILES["quick"], **seeds)["BadNets"]
+    attacked = study_settings.standard_victims(study_settings.PROFILES["quick"], **seeds)["BadNets"]
     return grid.Cell(attacked, name, settings, 500, seed)
 
 
@@ -521,7 +524,7 @@ def test_the_table_of_flags_counts_targets_and_silence():
 def test_recorded_defences_make_tables():
     for profile, dataset in (("quick", "mnist5k"), ("desk", "cifar10"), ("desk", "gtsrb")):
         cells = grid.choose(["single-target"], profile, dataset, 3, attacks=["badnets"])
-        found = figures.by_defence(cells, experiments.recorded())
+        found = figures.by_defence(cells, study_records.recorded())
         assert len(figures.defences_table(found)) == 1 + len(DEFENCES) + 3
         assert all(len(same) <= 3 for same in found.values())
 
@@ -554,7 +557,9 @@ def test_the_maps_name_what_was_not_run(axes, cells_of):
     rows = cells_of("single-target", unrun=["NAD"])
     asr, acc = figures.plot_cells(axes[:2], rows)
     attacks, columns = rows["attack"].nunique(), rows["defence"].nunique()
-    assert [text.get_text() for text in asr.get_yticklabels()] == ["clean", *experiments.STANDARD][:attacks]
+    assert [text.get_text() for text in asr.get_yticklabels()] == ["clean", *study_settings.STANDARD][
+        :attacks
+    ]
     for ax, shown in ((asr, "5.0"), (acc, "70.0")):
         assert len(texts(ax)) == attacks * columns
         assert texts(ax).count("not run") == attacks
@@ -609,7 +614,7 @@ def test_the_figures_are_those_of_the_records(tmp_path):
     assert "single_target_cifar10" in names and "seconds_gtsrb" in names
     wanted = {f"{name}.{kind}" for name in (*names, "rounds") for kind in ("png", "svg")}
     assert {path.name for path in tmp_path.iterdir()} | {"rounds.png", "rounds.svg"} == wanted
-    kept = experiments.figures_dir()
+    kept = study_records.figures_dir()
     assert {path.name for path in kept.glob("*.*g")} == wanted, "run `make figures`"
 
 

@@ -18,14 +18,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ibau import cli, experiments, grid
+from ibau import cli
 from ibau.attacks import ATTACKS
+from ibau.cleaning.recipe import IBAUSettings
 from ibau.defences import DEFENCES, FinetuneSettings
-from ibau.defences.protocol import Defence, Defended
-from ibau.experiments import PROFILES, VictimSettings, read_record
-from ibau.grid import NONE, Cell
-from ibau.training import TrainSettings
-from ibau.unlearning import IBAUSettings
+from ibau.defences.base import Defence, Defended
+from ibau.networks.training import TrainSettings
+from ibau.study import experiment, grid
+from ibau.study import records as study_records
+from ibau.study.grid import NONE, Cell
+from ibau.study.records import read_record
+from ibau.study.settings import PROFILES, VictimSettings
 
 TRAINING = TrainSettings(epochs=2, batch_size=10, precision="float32")
 VICTIM = VictimSettings("folder", target=2, poison_ratio=0.3, width=0.125, training=TRAINING)
@@ -66,7 +69,7 @@ def images(tmp_path_factory):
 def runs(tmp_path, monkeypatch):
     monkeypatch.setenv("IBAU_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("IBAU_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(experiments, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(experiment, "default_device", lambda: torch.device("cpu"))
     return tmp_path / "runs"
 
 
@@ -75,7 +78,7 @@ def undisturbed(images, tmp_path_factory):
     """The records of CELLS as one undisturbed call leaves them, but for times."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IBAU_RUNS", str(tmp_path_factory.mktemp("undisturbed")))
-        patch.setattr(experiments, "default_device", lambda: torch.device("cpu"))
+        patch.setattr(experiment, "default_device", lambda: torch.device("cpu"))
         assert grid.run(CELLS, data_dir=images) == {"there": 0, "done": len(CELLS)}
         return untimed(images)
 
@@ -105,7 +108,7 @@ def forbidden(monkeypatch):
         raise AssertionError("this was done before")
 
     def forbid():
-        monkeypatch.setattr(experiments, "train", fail)
+        monkeypatch.setattr(experiment, "train", fail)
         monkeypatch.setattr(Defence, "__call__", fail)
 
     return forbid
@@ -249,7 +252,7 @@ def test_a_full_disk_fails_the_cell_and_loses_nothing(images, runs, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiments.os, "replace", full)
+        patch.setattr(experiment.os, "replace", full)
         assert grid.run(CELLS[:3], data_dir=images) == {"there": 2, "failed": 1}
     assert stamps(runs) == before
     assert grid.run(CELLS[:3], data_dir=images) == {"there": 2, "done": 1}
@@ -271,7 +274,7 @@ def test_an_interruption_is_not_a_failure(images, runs, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiments, "train", interrupted)
+        patch.setattr(experiment, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
             grid.run(CELLS[:1], data_dir=images)
     assert not (runs / "failed").exists()
@@ -282,7 +285,7 @@ def test_the_estimate_is_the_median_of_cells_like_it(runs):
     estimate = grid.Estimate()
     assert estimate.seconds(CELLS[1]) is None
     assert estimate.text(CELLS[:3]) == "3 of unknown length"
-    about = experiments.asdict(FINETUNE)
+    about = experiment.asdict(FINETUNE)
     for seconds in (1.0, 100.0, 40.0):
         settings = {"victim": {"dataset": "folder"}, "defence": "finetune", "defence_settings": about}
         estimate.add({"settings": settings, "seconds": seconds})
@@ -522,15 +525,15 @@ def test_a_dry_run_says_what_would_be_done(table, images, runs, capsys):
 
 
 def test_the_command_runs_the_cells_and_publishes_them(table, images, runs, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "figures_dir", lambda: tmp_path / "figures")
+    monkeypatch.setattr(study_records, "figures_dir", lambda: tmp_path / "figures")
     command = ["grid", "--table", "tiny", "--dataset", "folder", "--data", images, "--publish"]
     assert cli.main(command) == 1
     said = capsys.readouterr()
     assert said.out.splitlines()[-2:] == ["2 records are in figures/data", "0 there, 2 done, 1 failed"]
     assert "3/3 cells" in said.err
-    (published,) = experiments.recorded(tmp_path / "figures" / "data")
+    (published,) = study_records.recorded(tmp_path / "figures" / "data")
     assert published == read_record(grid.path_of(CELLS[1], images))
-    assert len(experiments.recorded_victims(tmp_path / "figures" / "data" / "victims")) == 1
+    assert len(study_records.recorded_victims(tmp_path / "figures" / "data" / "victims")) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,21 +9,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 
-from ibau.hypergradient import (
-    DENSE_LIMIT,
-    conjugate_gradient,
-    dense,
-    fixed_point,
+from benchmarks.textbook import textbook_hypergradient
+from ibau.hypergradient.implicit import (
     implicit_hypergradient,
     kkt_hypergradient,
-    neumann,
     project_l2,
     unrolled_hypergradient,
 )
-from ibau.layers import cheapen, reduced
-from ibau.models import SmallVGG
-from ibau.textbook import textbook_hypergradient
-from ibau.toys import QuadraticBilevel
+from ibau.hypergradient.layers import cheapen, reduced
+from ibau.hypergradient.solvers import DENSE_LIMIT, conjugate_gradient, dense, fixed_point, neumann
+from ibau.hypergradient.toy import QuadraticBilevel
+from ibau.networks.models import SmallVGG
 
 often = settings(max_examples=50, deadline=None)
 seeds = st.integers(0, 2**32 - 1)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ibau.inspection import (
+from ibau.measure.intervals import Rate
+from ibau.own_model.inspect import (
     SUSPICIOUS,
     Findings,
     SearchSettings,
@@ -18,7 +19,6 @@ from ibau.inspection import (
     radius_from,
     smallest_perturbations,
 )
-from ibau.metrics import Rate
 
 CLASSES = ("ant", "bee", "cat", "dog")
 

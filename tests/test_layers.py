@@ -7,8 +7,17 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from ibau import layers, models
-from ibau.layers import ELU, Conv2d, FixedBatchNorm2d, FoldedBatchNorm2d, cheapen, reduced, restore
+from ibau.hypergradient import layers
+from ibau.hypergradient.layers import (
+    ELU,
+    Conv2d,
+    FixedBatchNorm2d,
+    FoldedBatchNorm2d,
+    cheapen,
+    reduced,
+    restore,
+)
+from ibau.networks import models
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,9 @@ from scipy.stats import binomtest
 from torch import nn
 
 from ibau.attacks import ALL_TO_ALL, Trigger
-from ibau.metrics import (
-    Rate,
-    accuracy,
-    attack_success_rate,
-    defence_effectiveness_rating,
-    predict,
-    robust_accuracy,
-)
+from ibau.measure.intervals import Rate
+from ibau.measure.rates import accuracy, attack_success_rate, defence_effectiveness_rating, robust_accuracy
+from ibau.networks.predict import predict
 
 CLASSES = 4
 

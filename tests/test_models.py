@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ibau import models
-from ibau.models import Dropout, ModelError, PreActResNet18, SmallVGG
+from ibau.networks import checkpoints, models
+from ibau.networks.checkpoints import ModelError
+from ibau.networks.models import Dropout, PreActResNet18, SmallVGG
 
 CONVOLUTIONS = (0, 3, 8, 11, 16, 19)  # their places in `features`; the BatchNorm comes right after
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -146,18 +147,18 @@ def test_dropout_takes_a_strided_view():
 def test_save_and_load_give_the_same_model_back(model, tmp_path):
     model.to(memory_format=torch.channels_last)(torch.rand(4, 3, 32, 32))  # moves the running statistics
     settings = {"attack": "badnets", "target": 8, "lr": 1e-3, "nested": {"list": [1, None, "é"]}}
-    path = models.save(model, tmp_path / "new" / "m.safetensors", settings)
+    path = checkpoints.save(model, tmp_path / "new" / "m.safetensors", settings)
     other = models.build("small_vgg", 3, width=0.125, seed=2).train()
-    assert models.load(path, other) is other
+    assert checkpoints.load(path, other) is other
     assert same(other.state_dict(), model.state_dict())
     assert not other.training
-    assert models.read_settings(path) == settings
+    assert checkpoints.read_settings(path) == settings
     assert [p.name for p in path.parent.iterdir()] == ["m.safetensors"]
 
 
 def test_settings_of_a_file_without_any(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "m.safetensors")
-    assert models.read_settings(tmp_path / "m.safetensors") == {}
+    assert checkpoints.read_settings(tmp_path / "m.safetensors") == {}
 
 
 @pytest.mark.parametrize("wrapper", [None, "net", "state_dict", "model"])
@@ -165,19 +166,19 @@ def test_settings_of_a_file_without_any(tmp_path):
 def test_foreign_checkpoints_are_unwrapped(model, tmp_path, wrapper, prefix):
     state = {prefix + key: value for key, value in model.state_dict().items()}
     torch.save({wrapper: state, "epoch": 3, "acc": 0.9} if wrapper else state, tmp_path / "m.pth")
-    other = models.load(tmp_path / "m.pth", models.build("small_vgg", 3, width=0.125, seed=2))
+    other = checkpoints.load(tmp_path / "m.pth", models.build("small_vgg", 3, width=0.125, seed=2))
     assert same(other.state_dict(), model.state_dict())
 
 
 def test_old_zipless_checkpoints_are_read(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "m.pth", _use_new_zipfile_serialization=False)
-    assert same(models.load_state(tmp_path / "m.pth"), model.state_dict())
+    assert same(checkpoints.load_state(tmp_path / "m.pth"), model.state_dict())
 
 
 def test_a_checkpoint_without_batch_counters_fits(model, tmp_path):
     state = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "m.pth")
-    models.load(tmp_path / "m.pth", model)
+    checkpoints.load(tmp_path / "m.pth", model)
 
 
 class Malicious:
@@ -196,7 +197,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(model, tmp_path, zipped):
     content = {"net": model.state_dict(), "extra": Malicious(touched)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(ModelError, match=r"m\.pth: refused, .*mkdir.*Expected: a state dict") as caught:
-        models.load(path, model)
+        checkpoints.load(path, model)
     assert "add_safe_globals" not in str(caught.value)  # torch's advice is not ours
     assert not touched.exists()
     torch.load(path, weights_only=False)
@@ -206,7 +207,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(model, tmp_path, zipped):
 def test_a_pickled_module_is_refused(model, tmp_path):
     torch.save(model, tmp_path / "m.pth")
     with pytest.raises(ModelError, match="SmallVGG"):
-        models.load_state(tmp_path / "m.pth")
+        checkpoints.load_state(tmp_path / "m.pth")
 
 
 def test_what_does_not_fit_is_listed_and_the_model_left_alone(model, tmp_path):
@@ -216,7 +217,7 @@ def test_what_does_not_fit_is_listed_and_the_model_left_alone(model, tmp_path):
     state["classifier.weight"] = torch.zeros(43, 256)
     torch.save(state, tmp_path / "m.pth")
     with pytest.raises(ModelError) as caught:
-        models.load(tmp_path / "m.pth", model)
+        checkpoints.load(tmp_path / "m.pth", model)
     message = str(caught.value)
     assert "m.pth: does not fit SmallVGG" in message
     assert "missing: features.0.bias" in message
@@ -226,34 +227,34 @@ def test_what_does_not_fit_is_listed_and_the_model_left_alone(model, tmp_path):
 
 
 def test_a_long_list_of_misfits_is_cut(model, tmp_path):
-    path = models.save(nn.Linear(2, 2), tmp_path / "m.safetensors")
+    path = checkpoints.save(nn.Linear(2, 2), tmp_path / "m.safetensors")
     with pytest.raises(ModelError, match=r"missing: .* and 26 more; unexpected: weight, bias|bias, weight"):
-        models.load(path, model)
+        checkpoints.load(path, model)
 
 
 @pytest.mark.parametrize("name", ["m.pth", "m.safetensors"])
 @pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.3, 0.9, 0.999])
 def test_a_truncated_file_is_refused(model, tmp_path, name, share):
     path = tmp_path / name
-    models.save(model, path) if path.suffix == ".safetensors" else torch.save(model.state_dict(), path)
+    checkpoints.save(model, path) if path.suffix == ".safetensors" else torch.save(model.state_dict(), path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ModelError, match=rf"{name}: not a readable"):
-        models.load(path, model)
+        checkpoints.load(path, model)
 
 
 def test_text_is_no_checkpoint(model, tmp_path):
     (tmp_path / "m.pth").write_text("hello world\n")
     with pytest.raises(ModelError, match=r"m\.pth: not a readable checkpoint"):
-        models.load(tmp_path / "m.pth", model)
+        checkpoints.load(tmp_path / "m.pth", model)
 
 
 @pytest.mark.parametrize("name", ["m.pth", "m.safetensors"])
 def test_a_missing_file_is_named(model, tmp_path, name):
     with pytest.raises(ModelError, match=rf"{name}: no such checkpoint file"):
-        models.load(tmp_path / name, model)
+        checkpoints.load(tmp_path / name, model)
     with pytest.raises(ModelError, match="no such"):
-        models.read_settings(tmp_path / "m.safetensors")
+        checkpoints.read_settings(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -268,11 +269,11 @@ def test_a_missing_file_is_named(model, tmp_path, name):
 def test_other_content_is_named(model, tmp_path, content, message):
     torch.save(content, tmp_path / "m.pth")
     with pytest.raises(ModelError, match=message):
-        models.load(tmp_path / "m.pth", model)
+        checkpoints.load(tmp_path / "m.pth", model)
 
 
 def test_a_failing_save_leaves_the_old_file_whole(model, tmp_path, monkeypatch):
-    path = models.save(model, tmp_path / "m.safetensors", {"version": 1})
+    path = checkpoints.save(model, tmp_path / "m.safetensors", {"version": 1})
 
     def full_disk(tensors, file, metadata):
         with open(file, "wb") as half:
@@ -281,7 +282,7 @@ def test_a_failing_save_leaves_the_old_file_whole(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(models, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
-        models.save(models.build("small_vgg", 3, 0.125, seed=9), path, {"version": 2})
+        checkpoints.save(models.build("small_vgg", 3, 0.125, seed=9), path, {"version": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
-    assert models.read_settings(path) == {"version": 1}
-    assert same(models.load_state(path), model.state_dict())
+    assert checkpoints.read_settings(path) == {"version": 1}
+    assert same(checkpoints.load_state(path), model.state_dict())

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ibau import outside
-from ibau.datasets import load_folder
+from benchmarks import outside
+from ibau.data.folders import load_folder
 
 VIT = "torchvision.models:VisionTransformer?image_size=64&patch_size=32&num_layers=1"
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ibau.hypergradient import project_l2
-from ibau.toys import QuadraticBilevel
+from ibau.hypergradient.implicit import project_l2
+from ibau.hypergradient.toy import QuadraticBilevel
 
 seeds = st.integers(0, 10_000)
 radii = st.sampled_from([math.inf, 0.5, 2.0])

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from ibau import models, training
-from ibau.datasets import ImageSet
-from ibau.metrics import accuracy
-from ibau.training import TrainingError, TrainSettings, augmented, learning_rate, to_float, train
+from ibau.data.images import ImageSet
+from ibau.measure.rates import accuracy
+from ibau.networks import models, training
+from ibau.networks.training import TrainingError, TrainSettings, augmented, learning_rate, to_float, train
 
 SETTINGS = TrainSettings(epochs=3, batch_size=16, precision="float32", augment="crop-flip")
 

@@ -13,12 +13,9 @@ from hypothesis import given
 from torch import nn
 
 import ibau
-from ibau import hypergradient as hg
-from ibau import metrics, models, unlearning
 from ibau.attacks import badnets, poison
-from ibau.datasets import ImageSet, load
-from ibau.training import TrainSettings, train
-from ibau.unlearning import (
+from ibau.cleaning import recipe
+from ibau.cleaning.recipe import (
     HYPERGRADIENTS,
     IBAUSettings,
     InnerProblem,
@@ -31,6 +28,12 @@ from ibau.unlearning import (
     project_replacing,
     unlearn,
 )
+from ibau.data.images import ImageSet
+from ibau.data.splits import load
+from ibau.hypergradient.implicit import unrolled_hypergradient
+from ibau.measure import rates as rates_of
+from ibau.networks import models
+from ibau.networks.training import TrainSettings, train
 
 SMALL = IBAUSettings(rounds=2, outer_steps=3, mending=0, batch_size=8, inner_steps=5, inner_images=6, K=2)
 REPLACING = replace(SMALL, perturbation="replacing")
@@ -382,7 +385,7 @@ def test_the_implicit_term_of_a_replacing_perturbation_follows_the_inner_solutio
         return inner_objective(inner.model, named, delta, images[:5], labels[:5])
 
     theta = inner.weights()
-    found = hg.unrolled_hypergradient(outer, inner.phi, start, theta, steps=2)
+    found = unrolled_hypergradient(outer, inner.phi, start, theta, steps=2)
     direction = [torch.randn_like(t) for t in theta]
 
     def value(step):
@@ -539,14 +542,14 @@ def test_an_aimed_perturbation_moves_images_to_its_class(model, images, labels):
 def test_what_earlier_rounds_found_is_shown_again(model, images, labels):
     settings = replace(AIMED, share=0.1, replacing_share=0.15, held_out=0.0)
     generator = torch.Generator().manual_seed(0)
-    run = unlearning._Run(model, images, labels, settings, generator)
+    run = recipe._Run(model, images, labels, settings, generator)
     x = images / 255
     first, second = torch.rand(1, *x.shape[1:]), torch.rand(1, 1 + x.shape[1], *x.shape[2:])
     run.earlier, kept = [first, second], x.clone()
     seen = [0, 0, 0]
     for _ in range(20):
         for before, after in zip(x, run._with_earlier(x), strict=True):
-            ways = [before, before + first[0], unlearning.perturbed(before[None], second)[0]]
+            ways = [before, before + first[0], recipe.perturbed(before[None], second)[0]]
             seen[[torch.equal(after, way) for way in ways].index(True)] += 1
     assert torch.equal(x, kept)
     assert seen[0] == 20 * 10 and min(seen[1:]) > 50  # half of 20 images, each kind as likely
@@ -554,13 +557,13 @@ def test_what_earlier_rounds_found_is_shown_again(model, images, labels):
 
 def test_an_undone_round_is_not_remembered(trained, images, monkeypatch):
     model, labels = trained
-    runs, real = [], unlearning._Run.__init__
+    runs, real = [], recipe._Run.__init__
 
     def noted(run, *args, **kwargs):
         real(run, *args, **kwargs)
         runs.append(run)
 
-    monkeypatch.setattr(unlearning._Run, "__init__", noted)
+    monkeypatch.setattr(recipe._Run, "__init__", noted)
     collapsing_at(monkeypatch, {2, 3})
     result = unlearn(model, images, labels, replace(AIMED, rounds=4))
     assert len(runs[0].earlier) == 4
@@ -572,7 +575,7 @@ def test_an_undone_round_is_not_remembered(trained, images, monkeypatch):
 
 def collapsing_at(monkeypatch, rounds):
     """Make the weights worthless after these rounds (counted with repetitions); returns the rates used."""
-    real, rates = unlearning._Run.round, []
+    real, rates = recipe._Run.round, []
 
     def spoilt(run):
         found = real(run)
@@ -583,7 +586,7 @@ def collapsing_at(monkeypatch, rounds):
                     weight.zero_()
         return found
 
-    monkeypatch.setattr(unlearning._Run, "round", spoilt)
+    monkeypatch.setattr(recipe._Run, "round", spoilt)
     return rates
 
 
@@ -611,7 +614,7 @@ def test_a_collapse_is_undone_and_the_rate_halved(trained, images, monkeypatch):
     result = unlearn(model, images, labels, replace(SMALL, rounds=3, K=0))
     assert rates == [SMALL.lr, SMALL.lr, SMALL.lr / 2, SMALL.lr / 4, SMALL.lr / 4]
     assert [line["rate"] for line in result.history] == [SMALL.lr, SMALL.lr / 4, SMALL.lr / 4]
-    assert metrics.accuracy(result.model, images, labels).value == 1
+    assert rates_of.accuracy(result.model, images, labels).value == 1
 
 
 def test_a_collapse_that_stays_is_an_error(trained, images, monkeypatch):
@@ -626,13 +629,13 @@ def test_a_collapse_that_stays_is_an_error(trained, images, monkeypatch):
 def test_lost_accuracy_is_never_silent(trained, images):
     model, labels = trained
     with pytest.warns(UnlearningWarning, match="held-out clean images fell from"):
-        unlearning._warn_if_lost(0.9, 0.84, 100)
-    assert unlearning._warn_if_lost(0.9, 0.86, 100) is None
+        recipe._warn_if_lost(0.9, 0.84, 100)
+    assert recipe._warn_if_lost(0.9, 0.86, 100) is None
 
 
 def test_it_stops_when_the_held_out_objective_no_longer_falls(model, images, labels, monkeypatch):
     values = iter([3.0, 2.0, 2.5, 2.1, 1.0, 0.5])
-    monkeypatch.setattr(unlearning._Run, "held_out_objective", lambda *_: next(values))
+    monkeypatch.setattr(recipe._Run, "held_out_objective", lambda *_: next(values))
     result = unlearn(model, images, labels, replace(SMALL, rounds=6, patience=2))
     assert result.stopped == "patience"
     assert [line["held_out_objective"] for line in result.history] == [3.0, 2.0, 2.5, 2.1]
@@ -648,7 +651,7 @@ def test_the_held_out_objective_is_the_outer_one_of_the_weights_before_the_round
 
 
 def test_mending_learns_clean_images_at_the_end_of_the_cosine(model, images, labels, monkeypatch):
-    monkeypatch.setattr(unlearning, "FEW", 0)
+    monkeypatch.setattr(recipe, "FEW", 0)
     rounds = []
     settings = replace(SMALL, mending=5, K=0)
     result = unlearn(model, images, labels, settings, on_round=lambda m, h: rounds.append(len(h)))
@@ -669,7 +672,7 @@ def test_with_few_images_the_model_itself_is_the_teacher(model, images, monkeypa
     taught = unlearn(model, images, other, settings)
     assert (taught.model(images / 255).argmax(1) == said).float().mean() >= 0.9
     assert taught.history[0]["rate"] == 0.005
-    monkeypatch.setattr(unlearning, "FEW", 20)  # 20 are not few then
+    monkeypatch.setattr(recipe, "FEW", 20)  # 20 are not few then
     told = unlearn(model, images, other, settings)
     assert (told.model(images / 255).argmax(1) == other).float().mean() >= 0.9
     assert told.history[0]["rate"] == 0.01
@@ -678,15 +681,15 @@ def test_with_few_images_the_model_itself_is_the_teacher(model, images, monkeypa
 @pytest.fixture
 def told_wrong(monkeypatch):
     """Labels are false, as if learnt by heart; what a teacher says is not. Nothing collapses."""
-    monkeypatch.setattr(unlearning, "FEW", 0)
-    monkeypatch.setattr(unlearning, "COLLAPSE", 0.0)
-    real = unlearning._Run._batch
+    monkeypatch.setattr(recipe, "FEW", 0)
+    monkeypatch.setattr(recipe, "COLLAPSE", 0.0)
+    real = recipe._Run._batch
 
     def batch(run):
         x, y = real(run)
         return (x, y) if run.teacher else (x, 1 - y)
 
-    monkeypatch.setattr(unlearning._Run, "_batch", batch)
+    monkeypatch.setattr(recipe._Run, "_batch", batch)
     return replace(SMALL, rounds=2, mending=20, lr=0.4, held_out=0.5, K=0)
 
 
@@ -697,11 +700,11 @@ def test_accuracy_lost_to_labels_is_mended_by_the_given_model(trained, images, t
     assert [line.get("mending") for line in result.history] == [None, None, 20, 40]
     assert [line["rate"] for line in result.history] == [0.4] * 3 + [0.2]
     assert [line["held_out_acc"] for line in result.history[2:]] == [0, 1]
-    assert metrics.accuracy(result.model, images, labels).value == 1
+    assert rates_of.accuracy(result.model, images, labels).value == 1
 
 
 def test_accuracy_that_was_not_lost_needs_no_second_mending(trained, images, monkeypatch):
-    monkeypatch.setattr(unlearning, "FEW", 0)
+    monkeypatch.setattr(recipe, "FEW", 0)
     model, labels = trained
     settings = replace(SMALL, mending=20, held_out=0.5, K=0)
     assert len(unlearn(model, images, labels, settings).history) == 3
@@ -709,9 +712,9 @@ def test_accuracy_that_was_not_lost_needs_no_second_mending(trained, images, mon
 
 def test_a_second_mending_that_helps_nothing_is_undone(trained, images, told_wrong, monkeypatch):
     model, labels = trained
-    monkeypatch.setattr(unlearning._Run, "learn_from", lambda run, weights: None)  # no teacher comes
+    monkeypatch.setattr(recipe._Run, "learn_from", lambda run, weights: None)  # no teacher comes
     values = iter([1.0, 0.5, 0.5, 0.4, 0.3])
-    monkeypatch.setattr(unlearning, "_accuracy", lambda *_: next(values))
+    monkeypatch.setattr(recipe, "_accuracy", lambda *_: next(values))
     with pytest.warns(UnlearningWarning, match="fell from 100.0% to 40.0%"):
         result = unlearn(model, images, labels, told_wrong)
     assert [line["held_out_acc"] for line in result.history] == [0.5, 0.5, 0.4]
@@ -725,24 +728,24 @@ def test_what_does_not_mend_is_not_mended(trained, images, told_wrong):
 
 
 def test_a_loss_is_bad_where_it_is_more_than_five_points_and_more_than_chance():
-    assert unlearning._badly_lost(0.78, 0.62, 100)
-    assert unlearning._badly_lost(0.72, 0.66, 500)
-    assert not unlearning._badly_lost(0.72, 0.68, 500)  # 4 points
-    assert not unlearning._badly_lost(65 / 70, 61 / 70, 70)  # the interval begins at 84.3%
-    assert unlearning._badly_lost(65 / 70, 58 / 70, 70)
-    assert not unlearning._badly_lost(math.nan, math.nan, 0)
+    assert recipe._badly_lost(0.78, 0.62, 100)
+    assert recipe._badly_lost(0.72, 0.66, 500)
+    assert not recipe._badly_lost(0.72, 0.68, 500)  # 4 points
+    assert not recipe._badly_lost(65 / 70, 61 / 70, 70)  # the interval begins at 84.3%
+    assert recipe._badly_lost(65 / 70, 58 / 70, 70)
+    assert not recipe._badly_lost(math.nan, math.nan, 0)
 
 
 def test_what_does_not_mend_takes_labels_however_few(model, images, labels, monkeypatch):
     few = unlearn(model, images, labels, SMALL).model
-    monkeypatch.setattr(unlearning, "FEW", 0)
+    monkeypatch.setattr(recipe, "FEW", 0)
     assert same(few, unlearn(model, images, labels, SMALL).model)
 
 
 def test_shifted_images_are_windows_of_the_mirrored_ones():
     images = torch.rand(40, 3, 16, 24, generator=torch.Generator().manual_seed(1))
-    shifted = unlearning._shifted(images, torch.Generator().manual_seed(2))
-    assert torch.equal(shifted, unlearning._shifted(images, torch.Generator().manual_seed(2)))
+    shifted = recipe._shifted(images, torch.Generator().manual_seed(2))
+    assert torch.equal(shifted, recipe._shifted(images, torch.Generator().manual_seed(2)))
     padded = F.pad(images, (3, 3, 2, 2), mode="reflect")
     found = set()
     for i in range(40):
@@ -758,18 +761,18 @@ def test_shifted_images_are_windows_of_the_mirrored_ones():
 
 
 def test_mending_that_ruins_the_model_is_undone(trained, images, monkeypatch):
-    monkeypatch.setattr(unlearning, "FEW", 0)
+    monkeypatch.setattr(recipe, "FEW", 0)
     model, labels = trained
     settings = replace(SMALL, mending=3, K=0)
     unmended = unlearn(model, images, labels, replace(settings, mending=0, cosine=False)).model
-    real = unlearning._Run.mend
+    real = recipe._Run.mend
 
     def ruin(run, teacher):
         line = real(run, teacher)
         run.model.scale.data.fill_(-1.0)
         return line
 
-    monkeypatch.setattr(unlearning._Run, "mend", ruin)
+    monkeypatch.setattr(recipe._Run, "mend", ruin)
     result = unlearn(model, images, labels, replace(settings, cosine=False))
     assert [line["round"] for line in result.history] == [1, 2]
     assert same(result.model, unmended)
@@ -808,13 +811,13 @@ def test_it_removes_a_real_backdoor():
     poisoned = poison(splits.train, trigger, ratio=0.2, target=target, num_classes=10).data
     train(victim, poisoned, TrainSettings(epochs=8, batch_size=64, lr=2e-3, precision="float32"))
     test = splits.test.take(range(500))
-    assert metrics.accuracy(victim, test.images, test.labels).value >= 0.85
-    assert metrics.attack_success_rate(victim, test.images, test.labels, trigger, target, 10).value >= 0.95
+    assert rates_of.accuracy(victim, test.images, test.labels).value >= 0.85
+    assert rates_of.attack_success_rate(victim, test.images, test.labels, trigger, target, 10).value >= 0.95
 
     settings = IBAUSettings.paper(rounds=7, K=2, lr=2e-3, inner_images=30, batch_size=50, share=0.2)
     result = unlearn(victim, splits.clean.images, splits.clean.labels, settings)
-    assert metrics.accuracy(result.model, test.images, test.labels).value >= 0.85
-    asr = metrics.attack_success_rate(result.model, test.images, test.labels, trigger, target, 10)
+    assert rates_of.accuracy(result.model, test.images, test.labels).value >= 0.85
+    asr = rates_of.attack_success_rate(result.model, test.images, test.labels, trigger, target, 10)
     assert asr.value <= 0.2
     assert all(line["stationarity"] < 0.25 for line in result.history)
     assert all(line["delta_norm"] == pytest.approx(10, rel=1e-3) for line in result.history)

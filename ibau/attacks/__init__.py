@@ -7,7 +7,6 @@ from ibau.attacks.blend import blend
 from ibau.attacks.invisible import l0_inv, l2_inv
 from ibau.attacks.poisoning import ALL_TO_ALL, Poisoned, poison, poison_several, target_labels
 from ibau.attacks.smooth import smooth
-from ibau.attacks.stealth import stealth
 from ibau.attacks.trigger import Trigger
 from ibau.attacks.trojan import trojan_square, trojan_watermark
 
@@ -88,7 +87,6 @@ __all__ = [
     "poison",
     "poison_several",
     "smooth",
-    "stealth",
     "strength_of",
     "target_labels",
     "trojan_square",

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ibau.models import device_of
-from ibau.training import to_float
+from ibau.networks.models import device_of
+from ibau.networks.training import to_float
 
 Look = Callable[[Tensor], tuple[Tensor, Tensor]]
 

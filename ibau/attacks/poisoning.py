@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ibau.attacks.trigger import Trigger
-from ibau.datasets import ImageSet
+from ibau.data.images import ImageSet
 
 ALL_TO_ALL = "all-to-all"
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ibau.files import whole_file
+from ibau.data.files import whole_file
 
 MODES = ("add", "replace", "blend")
 

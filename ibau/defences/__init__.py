@@ -5,6 +5,8 @@
 A defence is added by adding it to DEFENCES: nothing downstream asks for one by its name.
 """
 
+from ibau.cleaning.recipe import IBAUSettings
+from ibau.defences.base import Defence, Defended
 from ibau.defences.deepinspect import DeepInspectSettings, deepinspect
 from ibau.defences.dp_sgd import DPSGDSettings, dp_sgd
 from ibau.defences.fine_pruning import FinePruningSettings, fine_pruning
@@ -12,9 +14,7 @@ from ibau.defences.finetune import FinetuneSettings, finetune
 from ibau.defences.ibau import ibau
 from ibau.defences.nad import NADSettings, nad
 from ibau.defences.neural_cleanse import NeuralCleanseSettings, neural_cleanse
-from ibau.defences.protocol import Defence, Defended
 from ibau.defences.tabor import TaborSettings, tabor
-from ibau.unlearning import IBAUSettings
 
 __all__ = ["DEFENCES", "Defence", "Defended", "defence", "quick"]
 

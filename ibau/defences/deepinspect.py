@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ibau.datasets import ImageSet
-from ibau.defences.protocol import Defended
-from ibau.defences.reverse import (
+from ibau.data.images import ImageSet
+from ibau.defences.base import Defended
+from ibau.defences.inversion import (
     CHUNK,
     CONSISTENT,
     POLICIES,
@@ -40,9 +40,9 @@ from ibau.defences.reverse import (
     decide,
     frozen,
 )
-from ibau.metrics import predict
-from ibau.models import device_of
-from ibau.training import PRECISIONS, TrainSettings, train
+from ibau.networks.models import device_of
+from ibau.networks.predict import predict
+from ibau.networks.training import PRECISIONS, TrainSettings, train
 
 SAMPLES = 8  # of a class's perturbations that worked, the newest: patching stamps with them
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from ibau.datasets import ImageSet
-from ibau.defences.protocol import Defended
-from ibau.models import device_of
-from ibau.training import AUGMENTS, TrainingError, augmented, to_float
+from ibau.data.images import ImageSet
+from ibau.defences.base import Defended
+from ibau.networks.models import device_of
+from ibau.networks.training import AUGMENTS, TrainingError, augmented, to_float
 
 
 @dataclass(frozen=True)

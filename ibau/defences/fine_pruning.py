@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ibau.datasets import ImageSet
+from ibau.data.images import ImageSet
+from ibau.defences.base import Defended
 from ibau.defences.finetune import clean_split, held_out_accuracy
-from ibau.defences.protocol import Defended
-from ibau.models import device_of
-from ibau.training import TrainSettings, to_float, train
+from ibau.networks.models import device_of
+from ibau.networks.training import TrainSettings, to_float, train
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ibau import metrics
-from ibau.datasets import ImageSet
-from ibau.defences.protocol import Defended, hold_out
-from ibau.training import TrainSettings, train
+from ibau.data.images import ImageSet
+from ibau.defences.base import Defended, hold_out
+from ibau.networks.predict import predict
+from ibau.networks.training import TrainSettings, train
 
 
 @dataclass(frozen=True)
@@ -63,5 +63,5 @@ def clean_split(model: nn.Module, data: ImageSet, share: float, seed: int) -> tu
 
 def held_out_accuracy(model: nn.Module, watched: ImageSet) -> float:
     """The share of held-out images that are classified as their label."""
-    hits = metrics.predict(model, watched.images) == watched.labels.cpu()
+    hits = predict(model, watched.images) == watched.labels.cpu()
     return hits.sum().item() / len(hits)

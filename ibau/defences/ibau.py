@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from ibau.datasets import ImageSet
-from ibau.defences.protocol import Defended
-from ibau.unlearning import IBAUSettings, unlearn
+from ibau.cleaning.recipe import IBAUSettings, unlearn
+from ibau.data.images import ImageSet
+from ibau.defences.base import Defended
 
 
 def ibau(

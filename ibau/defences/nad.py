@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from ibau.datasets import ImageSet
+from ibau.data.images import ImageSet
+from ibau.defences.base import Defended
 from ibau.defences.finetune import clean_split, held_out_accuracy
-from ibau.defences.protocol import Defended
-from ibau.models import device_of
-from ibau.training import AUGMENTS, TrainingError, augmented, autocast, to_float
+from ibau.networks.models import device_of
+from ibau.networks.training import AUGMENTS, TrainingError, augmented, autocast, to_float
 
 SHOWN = 8  # held-out images whose attention maps are given back
 RETRIES = 4  # how often the rate may be lowered

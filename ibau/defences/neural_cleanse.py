@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ibau.datasets import ImageSet
-from ibau.defences.protocol import Defended
-from ibau.defences.reverse import Classify, ReverseSettings, Triggers, cleanse, fooled
+from ibau.data.images import ImageSet
+from ibau.defences.base import Defended
+from ibau.defences.inversion import Classify, ReverseSettings, Triggers, cleanse, fooled
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ibau.datasets import ImageSet
-from ibau.defences.protocol import Defended
-from ibau.defences.reverse import Classify, ReverseSettings, Triggers, cleanse, fooled, stamp, success_rates
-from ibau.training import to_float
+from ibau.data.images import ImageSet
+from ibau.defences.base import Defended
+from ibau.defences.inversion import Classify, ReverseSettings, Triggers, cleanse, fooled, stamp, success_rates
+from ibau.networks.training import to_float
 
 EXPLAINED = 0.5  # share of a mask, the pixels that explain most, that the last part of the score keeps
 

@@ -1,0 +1,220 @@
+"""TODO."""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ibau.data.cache import Source, Whole
+from ibau.data.images import DataError, ImageSet, some
+
+
+class File(NamedTuple):
+    path: str
+    size: int  # bytes
+    modified: int  # ns
+
+
+class Item(NamedTuple):
+    file: File
+    label: int
+    box: tuple[float, ...] | None = None  # left, upper, right, lower, as fractions of width and height
+    track: int = 0  # of GTSRB's training frames: those of one physical sign
+
+
+DECODER = 1  # raise this when the same files come to be decoded differently: old caches are then stale
+
+
+def stamp(*parts) -> str:
+    return hashlib.sha256(repr((DECODER, *parts)).encode()).hexdigest()
+
+
+# Folders and files
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+
+def class_folders(root: Path) -> tuple[list[Item], list[Item], tuple[str, ...]]:
+    """Items of train/ and test/, and the class names: the sorted names of train's folders."""
+    classes = subfolders(root / "train")
+    if len(classes) < 2:
+        raise DataError(f"{root / 'train'}: it takes at least two class folders, found {some(classes)}")
+    if not (root / "test").is_dir():
+        raise DataError(f"{root / 'test'} is missing; expected class folders in it, as in {root / 'train'}")
+    test_classes = subfolders(root / "test")
+    strange = sorted(set(test_classes) - set(classes))
+    if strange:
+        raise DataError(
+            f"{root / 'test'}: class {some(strange)} is not in {root / 'train'} ({some(classes)})"
+        )
+    if not test_classes:
+        raise DataError(f"{root / 'test'} has no class folders; expected some of {some(classes)}")
+
+    def items(split: str, names: tuple[str, ...]) -> list[Item]:
+        return [Item(file, classes.index(name)) for name in names for file in scan(root / split / name)]
+
+    return items("train", classes), items("test", test_classes), classes
+
+
+def subfolders(folder: Path) -> tuple[str, ...]:
+    folders = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return tuple(sorted(name for name in folders if not name.startswith(".")))
+
+
+def scan(folder: Path, suffixes: tuple[str, ...] | None = IMAGE_SUFFIXES) -> list[File]:
+    """The images below a folder, sorted by path; hidden files and folders are skipped. None is an error."""
+    files, pending = [], [folder]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    pending.append(entry.path)
+                elif suffixes is None or entry.name.lower().endswith(suffixes):
+                    files.append(_stat(entry))
+    if not files:
+        raise DataError(f"{folder} has no images in it (looked for {', '.join(suffixes or ['any file'])})")
+    return sorted(files)
+
+
+def _stat(entry: os.DirEntry) -> File:
+    try:
+        stat = entry.stat()
+    except OSError as error:  # such as a link to nowhere
+        raise DataError(f"cannot read image {entry.path}: {error.strerror}") from error
+    return File(entry.path, stat.st_size, stat.st_mtime_ns)
+
+
+def missing(name: str, root: Path, expected: str, downloadable: bool = True) -> DataError:
+    remedy = "give the folder that holds it as data_dir"
+    if downloadable:
+        remedy += ", or load with download=True (--download)"
+    return DataError(f"{name}: not found in {root}; expected there: {expected}. To mend it, {remedy}")
+
+
+class Folder(NamedTuple):
+    """Images of one folder a class. skipped: those that do not decode, as (path, reason)."""
+
+    data: ImageSet
+    classes: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def load_folder(root: str | Path, image_size: int, classes: tuple[str, ...] = ()) -> Folder:
+    """Read the images of root/<class>/ as uint8, (N, 3, image_size, image_size); nothing is cached.
+
+    Class i is the i-th folder in sorted order, as in torchvision's ImageFolder, or `classes[i]` where
+    `classes` names what the folders may be. Images are cut to their largest centred square and resized;
+    image_size 0 keeps their size, which must then be the same for all.
+
+    Raises DataError for a folder that is missing, has fewer than two class folders or one not in `classes`,
+    or in which nothing decodes.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; expected one that holds a folder of images for each class")
+    found = subfolders(root)
+    if not classes and len(found) < 2:
+        raise DataError(f"{root}: it takes at least two class folders, found {some(found)}")
+    strange = [name for name in found if name not in (classes or found)]
+    if strange or not found:
+        raise DataError(f"{root}: class folders {some(strange)}; expected some of {some(classes)}")
+    classes = classes or found
+    items = [Item(file, classes.index(name)) for name in found for file in scan(root / name)]
+    skipped, images, labels = [], [], []
+    for item in items:
+        try:
+            images.append(_read(item, image_size))
+            labels.append(item.label)
+        except DataError as error:
+            reason = str(error.__cause__ or error).replace(repr(item.file.path), "it")
+            skipped.append((item.file.path, reason.splitlines()[0] if reason else "damaged"))
+    sizes = sorted({image.shape[1] for image in images})
+    if not images:
+        raise DataError(f"{root}: none of its {len(items)} images decodes ({skipped[0][0]}: {skipped[0][1]})")
+    if len(sizes) > 1:
+        raise DataError(f"{root}: images of {some(sizes)} pixels; give the model's own size as image_size")
+    data = ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+    return Folder(data, classes, tuple(skipped))
+
+
+def save_folder(data: ImageSet, root: str | Path, classes: tuple[str, ...]) -> None:
+    """Write uint8 images as root/<class>/<number>.png, which `load_folder` reads back as they were."""
+    for i, (image, label) in enumerate(zip(data.images, data.labels.tolist(), strict=True)):
+        folder = Path(root) / classes[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:05d}.png")
+
+
+# Decoding
+def source_of(
+    train: list[Item],
+    test: list[Item],
+    classes: tuple[str, ...],
+    image_size: int,
+    *,
+    tracks: bool = False,
+) -> Source:
+    def decode() -> Whole:
+        numbers = torch.tensor([item.track for item in train]) if tracks else None
+        return Whole(
+            _decoded(train, image_size, "train"), _decoded(test, image_size, "test"), classes, numbers
+        )
+
+    return Source(stamp(train, test, classes), decode)
+
+
+def _decoded(items: list[Item], image_size: int, split: str) -> ImageSet:
+    images = np.empty((len(items), 3, image_size, image_size), np.uint8)
+
+    def decode(i: int) -> None:
+        images[i] = _read(items[i], image_size)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL lets other threads run while it decodes
+        done = pool.map(decode, range(len(items)))
+        for _ in tqdm(done, f"decoding {split} images", len(items), disable=None):  # None: only on a terminal
+            pass
+    return ImageSet(torch.from_numpy(images), torch.tensor([item.label for item in items]))
+
+
+def _read(item: Item, image_size: int) -> np.ndarray:
+    try:
+        with Image.open(item.file.path) as image:
+            return _square(image, image_size, item.box)
+    except Exception as error:  # PIL's plug-ins raise errors of many kinds on damaged files
+        raise DataError(f"cannot read image {item.file.path}: {error}; replace or remove it") from error
+
+
+def resized(images: np.ndarray, labels, image_size: int) -> ImageSet:
+    """images: (N, H, W, 3) uint8."""
+    pixels = np.stack([_square(Image.fromarray(image), image_size) for image in images])
+    return ImageSet(
+        torch.from_numpy(np.ascontiguousarray(pixels)), torch.as_tensor(labels, dtype=torch.int64)
+    )
+
+
+def _square(image: Image.Image, size: int, box: tuple[float, ...] | None = None) -> np.ndarray:
+    """(3, size, size) uint8 of the box (as fractions), or without one of the largest centred square.
+
+    size 0 leaves it as large as it is.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8-bit RGB")
+    width, height = image.size
+    if box is None:
+        side = min(width, height)
+        left, upper = (width - side) // 2, (height - side) // 2
+        pixels = (left, upper, left + side, upper + side)
+    else:
+        pixels = tuple(round(edge * length) for edge, length in zip(box, (width, height) * 2, strict=True))
+    # crop first: resize(box=...) would let the antialiasing filter read pixels outside the box
+    square = image.convert("RGB").crop(pixels)
+    if size:
+        square = square.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(square).transpose(2, 0, 1)

@@ -1,0 +1,140 @@
+"""TODO."""
+
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ibau.data.files import whole_file
+
+
+class ModelError(Exception):
+    """A checkpoint that cannot be used; the message says what was found and what was expected."""
+
+
+def save(model: nn.Module, path: str | Path, settings: dict | None = None) -> Path:
+    """Write the weights as safetensors, with `settings` (anything JSON can hold) in the metadata.
+
+    The file appears whole or not at all: it is written beside its final name and then renamed.
+    """
+    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"settings": json.dumps(settings or {}, sort_keys=True)})
+    return Path(path)
+
+
+def read_settings(path: str | Path) -> dict:
+    """The settings stored by `save` in a safetensors file's metadata."""
+    return json.loads(read_metadata(path).get("settings", "{}"))
+
+
+def load_state(path: str | Path) -> dict[str, Tensor]:
+    """Read a checkpoint's tensors: safetensors, or a foreign `.pth`/`.pt` of plain tensors, see `read`.
+
+    One level of wrapping is taken off, `{"net": ...}`, `{"state_dict": ...}` or `{"model": ...}`, and so is
+    DataParallel's `module.`. Raises ModelError for a missing or damaged file, and one that holds more.
+    """
+    state, _ = unwrap(read(path), path)
+    return {bare(key): value for key, value in state.items()}
+
+
+def read(path: str | Path) -> dict:
+    """A checkpoint's content as it stands in the file.
+
+    A pickle is only ever read with `weights_only=True`, so it cannot run code.
+
+    Raises ModelError for a missing or damaged file, and for a pickle that holds more than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"{path}: no such checkpoint file")
+    if path.suffix == ".safetensors":
+        with _open_safetensors(path) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no __iter__)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in torch's reader in as many ways as there are damages
+        reason = str(error)
+        found = next((line.strip() for line in reason.splitlines() if "unsupported" in line.lower()), None)
+        if isinstance(error, pickle.UnpicklingError) and found:
+            raise ModelError(
+                f"{path}: refused, because reading it would need more than plain tensors "
+                f"({found.split('. Please use')[0]}). "
+                "Expected: a state dict saved with torch.save(model.state_dict(), path), or safetensors."
+            ) from None
+        raise ModelError(f"{path}: not a readable checkpoint ({type(error).__name__})") from None
+
+
+def unwrap(content: object, path: str | Path) -> tuple[dict[str, Tensor], str | None]:
+    """The state dict in a checkpoint's content, and the key it lies under: None where it is the content."""
+    wrapper = None
+    if isinstance(content, dict):
+        keys = ("net", "state_dict", "model")
+        wrapper = next((key for key in keys if isinstance(content.get(key), dict)), None)
+    state = content if wrapper is None else content[wrapper]
+    if not isinstance(state, dict) or not state:
+        raise ModelError(f"{path}: holds a {type(state).__name__}, expected a dict of named tensors")
+    foreign = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+    if foreign:
+        raise ModelError(
+            f"{path}: entries that are not tensors: {_some(foreign)}; expected a state dict, bare or under "
+            "'net', 'state_dict' or 'model'"
+        )
+    return state, wrapper
+
+
+def bare(key: object) -> str:
+    """A checkpoint's key as the model names it: without DataParallel's `module.`."""
+    return str(key).removeprefix("module.")
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts in a safetensors file's metadata; none for another format."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with _open_safetensors(Path(path)) as file:
+        return file.metadata() or {}
+
+
+def load(path: str | Path, model: nn.Module) -> nn.Module:
+    """Fill `model` with the weights at `path` and return it in eval mode.
+
+    Raises ModelError, listing them, where keys or shapes do not match; the model is then unchanged.
+    """
+    state = load_state(path)
+    expected = model.state_dict()
+    # A Norm's counter is bookkeeping that older checkpoints and other tools leave out.
+    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in expected]
+    misshapen = [
+        f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
+        for k in expected
+        if k in state and state[k].shape != expected[k].shape
+    ]
+    problems = [
+        f"{label}: {_some(items)}"
+        for label, items in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+        if items
+    ]
+    if problems:
+        raise ModelError(f"{path}: does not fit {type(model).__name__}; " + "; ".join(problems))
+    model.load_state_dict(state, strict=False)
+    return model.eval()
+
+
+def _some(items: list[str], most: int = 6) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+def _open_safetensors(path: Path):
+    if not path.is_file():
+        raise ModelError(f"{path}: no such checkpoint file")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error})") from None

@@ -1,0 +1,201 @@
+"""The one training loop: it trains poisoned models, clean ones, and whatever a defence fine-tunes.
+
+Images stay on the device as uint8 and become floats a batch at a time. On a CPU the loop runs in
+channels-last memory format and, where the processor multiplies bfloat16 natively, under bfloat16
+autocast: `make bench-training` measures what each buys on the machine at hand.
+"""
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ibau.data.files import whole_file
+from ibau.data.images import ImageSet
+from ibau.networks.models import device_of, takes_channels_last
+
+AUGMENTS = ("none", "crop", "crop-flip")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+class TrainingError(Exception):
+    """Training stopped because it could not go on; the message says where and what to try."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train. The paper trains with Adam for 50 epochs; the authors' code uses no augmentation."""
+
+    epochs: int = 50
+    batch_size: int = 128
+    lr: float = 1e-3  # peak rate of Adam
+    schedule: str = "cosine"  # "constant", or "cosine": a short linear warm-up, then cosine to zero
+    weight_decay: float = 0.0
+    augment: str = "none"  # "crop": pad 4 and crop; "crop-flip": and mirror half of the images
+    precision: str = "auto"  # bfloat16 where the device multiplies it natively, else float32
+
+    def __post_init__(self):
+        for name, valid in (
+            ("augment", AUGMENTS),
+            ("precision", PRECISIONS),
+            ("schedule", ("constant", "cosine")),
+        ):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; valid: {', '.join(valid)}")
+        for name in ("epochs", "batch_size", "lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images become float32 in [0, 1]; floats pass through unchanged."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Does this device multiply bfloat16 in hardware? (Emulated bfloat16 is slower than float32.)"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return device.type == "cpu" and any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def autocast(device: torch.device, precision: str):
+    """The autocast context for a precision setting (see TrainSettings.precision)."""
+    low = precision == "bfloat16" or (precision == "auto" and native_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
+
+
+def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
+    """The rate at optimiser step `step` of `total`."""
+    if settings.schedule == "constant":
+        return settings.lr
+    warm = max(1, total // 10)
+    if step < warm:
+        return settings.lr * (step + 1) / warm
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def augmented(images: Tensor, augment: str) -> Tensor:
+    """Shift each image by up to 4 pixels (zeros come in) and, for "crop-flip", mirror every second one."""
+    if augment == "none":
+        return images
+    n, _, height, width = images.shape
+    padded = F.pad(images, (4, 4, 4, 4))
+    rows = torch.randint(0, 9, (n, 1), device=images.device) + torch.arange(height, device=images.device)
+    columns = torch.randint(0, 9, (n, 1), device=images.device) + torch.arange(width, device=images.device)
+    if augment == "crop-flip":
+        mirrored = torch.rand(n, 1, device=images.device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    index = torch.arange(n, device=images.device)[:, None, None]
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def train(
+    model: nn.Module,
+    data: ImageSet,
+    settings: TrainSettings,
+    *,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: str | None = None,
+) -> list[dict]:
+    """Train `model` in place, on the device it is on, and leave it in eval mode.
+
+    The same seed, machine and settings give the same weights. With `checkpoint`, the state is saved there
+    after every epoch; a later call with the same settings goes on from it, to the same weights an
+    undisturbed run gives, and the file is removed at the end. `progress` labels a progress bar.
+
+    Returns one dict an epoch: epoch, loss, accuracy (both over the training images as they were seen),
+    seconds. Raises TrainingError when the loss is not finite, or the checkpoint is of another run.
+    """
+    device = device_of(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    run = {"settings": asdict(settings), "seed": seed, "images": len(data)}
+    history = _resume(model, optimizer, checkpoint, run)
+    images, labels = data.images.to(device), data.labels.to(device)
+    layout = torch.channels_last if takes_channels_last(model, images) else torch.contiguous_format
+    model.to(memory_format=layout)
+    bar = tqdm(total=settings.epochs, initial=len(history), desc=progress, unit="epoch", disable=not progress)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), bar:
+        for epoch in range(len(history), settings.epochs):
+            # Seeding each epoch by itself makes a resumed run equal to an undisturbed one.
+            torch.manual_seed(seed * 100_003 + epoch)
+            started = time.perf_counter()
+            loss, accuracy = _epoch(model, optimizer, images, labels, epoch, settings, layout)
+            seconds = time.perf_counter() - started
+            history.append({"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, "seconds": seconds})
+            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}")
+            bar.update()
+            if checkpoint and epoch + 1 < settings.epochs:
+                _save_checkpoint(checkpoint, model, optimizer, run, history)
+    if checkpoint:
+        Path(checkpoint).unlink(missing_ok=True)
+    model.eval()
+    return history
+
+
+def _epoch(
+    model, optimizer, images, labels, epoch: int, settings: TrainSettings, layout: torch.memory_format
+) -> tuple[float, float]:
+    """One pass over the shuffled images; returns mean loss and accuracy."""
+    model.train()
+    device = images.device
+    order = torch.randperm(len(images), device=device)
+    # A last batch of one image would break BatchNorm, so a lone straggler is left out of this epoch.
+    alone = len(images) == 1 or settings.batch_size == 1
+    batches = [b for b in order.split(settings.batch_size) if len(b) > 1 or alone]
+    total_loss = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device)
+    for index, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                epoch * len(batches) + index, settings.epochs * len(batches), settings
+            )
+        x = augmented(to_float(images[batch]), settings.augment)
+        x = x.contiguous(memory_format=layout)
+        y = labels[batch]
+        with autocast(device, settings.precision):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total_loss += loss.detach() * len(batch)
+        correct += (logits.argmax(1) == y).sum()
+    seen = sum(len(b) for b in batches)
+    mean_loss = total_loss.item() / seen
+    if not math.isfinite(mean_loss):
+        raise TrainingError(
+            f"the loss became {mean_loss} in epoch {epoch + 1}; try a lower rate than lr={settings.lr:g}, "
+            "or precision='float32'"
+        )
+    return mean_loss, correct.item() / seen
+
+
+def _save_checkpoint(path: str | Path, model, optimizer, run: dict, history: list[dict]) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "run": run, "history": history}
+    with whole_file(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _resume(model, optimizer, path: str | Path | None, run: dict) -> list[dict]:
+    if not path or not Path(path).exists():
+        return []
+    try:
+        state = torch.load(path, map_location=device_of(model), weights_only=True)
+    except Exception:  # a checkpoint cut short by a full disk is worth no more than none
+        return []
+    if state["run"] != run:
+        raise TrainingError(
+            f"{path}: the checkpoint is of another run ({state['run']}, wanted {run}); remove it"
+        )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["history"]

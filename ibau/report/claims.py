@@ -1,0 +1,333 @@
+"""The paper's claims C1 to C9 beside what was measured: verdicts follow from `figures/data` by stated rules.
+
+`make figures` writes the table into README.md. A claim's function takes the `Evidence` and returns a verdict
+and what it rests on; its docstring is the rule.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import pandas as pd
+from scipy import stats
+
+from ibau.report import tables
+from ibau.report.tables import BASELINES, NEAR, OURS, SIGHTED, over_seeds
+from ibau.study import grid
+from ibau.study import records as study_records
+
+VERDICTS = HOLDS, PARTLY, FAILS, UNMEASURED = "holds", "holds in part", "does not hold", "not measured"
+NOTHING = UNMEASURED, "–"
+REAL = ("cifar10", "gtsrb")  # the paper's data sets; each at both of the profiles that are meant for them
+LEAST = 3  # baselines beside I-BAU on a model, victims, cells in common: with fewer nothing is compared
+MANY = 5  # attacks of the nine, on each data set, before a comparison over attacks holds
+CONFIDENCE = 0.95
+MATTERS = 1.0  # points of ASR or ACC; a smaller difference counts as none
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the claims are judged by.
+
+    theory    `figures/data/theory.csv`, a row a check of notebook 03: claim, case, n, measured, bound, whole
+    implicit  `figures/data/implicit_runs.csv`, a row a run of notebook 12
+    cells     what is `tables.recorded` of the grid's tables on real images, with a column `table`
+    """
+
+    theory: pd.DataFrame
+    implicit: pd.DataFrame
+    cells: pd.DataFrame
+
+    def rows(self, *names: str) -> pd.DataFrame:
+        """The cells of these tables."""
+        return self.cells[self.cells["table"].isin(names)]
+
+    def of(self, *names: str) -> pd.DataFrame:
+        """The cells of these tables, seeds together, as `over_seeds` gives them."""
+        return over_seeds(self.rows(*names))
+
+
+def gather() -> Evidence:
+    """The evidence in `figures/data`; a table that is not there is empty."""
+    folder = study_records.figures_dir() / "data"
+
+    def table(name: str, *columns: str) -> pd.DataFrame:
+        return pd.read_csv(folder / name) if (folder / name).exists() else pd.DataFrame(columns=columns)
+
+    among = tables.published()
+    cells = [
+        tables.recorded(name, profile, dataset, among=among).assign(table=name)
+        for name in grid.TABLES
+        for profile in ("desk", "paper")
+        for dataset in REAL
+    ]
+    return Evidence(
+        table("theory.csv", "claim", "case", "n", "measured", "bound", "whole"),
+        table("implicit_runs.csv", "method"),
+        pd.concat(cells, ignore_index=True),
+    )
+
+
+# ---- the claims
+
+
+def c1(found: Evidence) -> tuple[str, str]:
+    """Holds where I-BAU meets the goal on 9 of 10 attacked models, in part from half of them on.
+
+    The goal: ACC down by 2 points at most, ASR 10% at most. Models of the single-target and multi-target
+    tables on real images.
+    """
+    ours = found.of("single-target", "multi-target")
+    ours = ours[(ours["defence"] == OURS) & ours["run"] & (ours["attack"] != "clean")]
+    good, n = int(ours["good"].sum()), len(ours)
+    if not n:
+        return NOTHING
+    return _by_share(
+        good / n
+    ), f"{good} of {n} attacked models at the goal; mean ASR {ours['asr'].mean():.1f}%"
+
+
+def c2(found: Evidence) -> tuple[str, str]:
+    """Holds where every defence, with all its terms, takes the formula's outer step on the toy.
+
+    To the recorded tolerance. In part where one was shown without some of its terms; not if a step differs.
+    """
+    checks = found.theory[found.theory["claim"] == "C2"]
+    if checks.empty:
+        return NOTHING
+    same, whole = checks["measured"] <= checks["bound"], checks["whole"].astype(bool)
+    said = f"{same.sum()} of {len(checks)} defences take the formula's step"
+    said += f", {(same & whole).sum()} with all terms"
+    if not same.all():
+        return FAILS, said
+    return (HOLDS if whole.all() else PARTLY), said
+
+
+def c3(found: Evidence) -> tuple[str, str]:
+    """Two parts, each by the 95% interval of a mean difference over at least 3 victims that both methods met.
+
+    The implicit term helps: `fp5` less `direct` is below 0 in ASR or above 0 in ACC. The naive heuristic is
+    unstable: `naive` less `fp5` is above 0 in the mean rise of ASR or fall of ACC between rounds. A mean of
+    less than a point counts as none. Holds with both, in part with one.
+    """
+    asr, acc = (_difference(found.implicit, value, "fp5", "direct") for value in ("asr_after", "acc_after"))
+    rise, fall = (_difference(found.implicit, value, "naive", "fp5") for value in ("asr_rise", "acc_fall"))
+    if asr is None or rise is None:
+        return NOTHING
+    helps = asr[0] <= -MATTERS and asr[2] < 0 or acc[0] >= MATTERS and acc[1] > 0
+    unstable = any(mean >= MATTERS and low > 0 for mean, low, _ in (rise, fall))
+    said = f"ASR with the term less without {_interval(asr)}; rise of ASR, naive less with {_interval(rise)}"
+    return (FAILS, PARTLY, HOLDS)[int(helps) + int(unstable)], f"{said} points ({CONFIDENCE:.0%} intervals)"
+
+
+def c4(found: Evidence) -> tuple[str, str]:
+    """Holds where the bounds hold at every step on the toy, and on networks the series contracts in each run.
+
+    In part where only the bounds hold, for they rest on a contraction. Runs: `fp5` of notebook 12.
+    """
+    checks = found.theory[found.theory["claim"] == "C4"]
+    if checks.empty:
+        return NOTHING
+    held = checks["measured"] <= checks["bound"]
+    said = f"the bounds hold in {held.sum()} of {len(checks)} runs on the toy"
+    runs = found.implicit[found.implicit["method"] == "fp5"]
+    if not held.all():
+        return FAILS, said
+    if runs.empty:
+        return PARTLY, f"{said}; on networks not measured"
+    shrinks = runs["contraction"] < 1
+    said += f"; on networks the series contracts in {shrinks.sum()} of {len(runs)}"
+    residual = f"residual after 5 terms {runs['residual'].mean():.2f}"
+    return (HOLDS if shrinks.all() else PARTLY), f"{said}, {residual}"
+
+
+def c5(found: Evidence) -> tuple[str, str]:
+    """Holds where every gap is under its bound, and for each kind of model some bound is below 1.
+
+    A bound of 1 or more says nothing, as no loss exceeds 1: in part where a kind of model has no better one.
+    """
+    checks = found.theory[found.theory["claim"] == "C5"]
+    if checks.empty:
+        return NOTHING
+    groups = checks.groupby("case", sort=False)
+    said = "; ".join(
+        f"{row.case}: gap {row.measured:.3f}, bound {row.bound:.2f} at {row.n:,.0f} images"
+        for row in checks.loc[groups["n"].idxmax()].itertuples()
+    )
+    if (checks["measured"] > checks["bound"]).any():
+        return FAILS, said
+    return (HOLDS if (groups["bound"].min() < 1).all() else PARTLY), said
+
+
+def c6(found: Evidence) -> tuple[str, str]:
+    """By DER, on models with I-BAU and at least 3 of the six baselines, beside the best of these.
+
+    Holds where I-BAU is comparable, no more than 2 points lower, on 9 of 10 models, and higher on more than
+    half, with 5 of the 9 attacks or more on each data set; in part where it is comparable on at least half.
+    """
+    pairs = tables.beside_best(found.rows("single-target", "multi-target"), LEAST)
+    if pairs.empty:
+        return NOTHING
+    near, higher = pairs["ours"] >= pairs["best"] - NEAR, pairs["ours"] > pairs["best"]
+    run, asked = pairs["baselines"].sum(), len(pairs) * len(BASELINES)
+    said = f"DER comparable to the best baseline's on {near.sum()} of the {len(pairs)} models with baselines"
+    said += f", higher on {higher.sum()} ({run} of {asked} baseline cells run)"
+    attacks = pairs.groupby("dataset")["attack"].nunique().reindex(REAL, fill_value=0)
+    if near.mean() >= 0.9 and higher.mean() > 0.5 and (attacks >= MANY).all():
+        return HOLDS, said
+    return (PARTLY if near.mean() >= 0.5 else FAILS), said
+
+
+AXES = {  # axis -> its tables, and the column in which it runs
+    "attack": (("single-target", "multi-target"), "attack"),
+    "poison": (("poison-ratio",), "ratio"),
+    "clean set": (("clean-size",), "clean"),
+}
+
+
+def c7(found: Evidence) -> tuple[str, str]:
+    """Along each axis (attack, poison ratio, clean set), the cells at the goal, of those that both ran.
+
+    An axis is won where no baseline with at least 3 such cells, not all at one point of the axis, has more of
+    them than I-BAU. Holds where all three axes are, in part where one is. Along the clean set only those
+    count that use clean images.
+    """
+    won, said = [], []
+    for axis, (names, along) in AXES.items():
+        rows = found.of(*names)
+        ours, theirs = _at_goal(rows[rows["defence"].isin(SIGHTED)] if axis == "clean set" else rows, along)
+        if theirs:
+            label, (good, n) = max(theirs.items(), key=lambda item: (item[1][0] - ours[item[0]]) / item[1][1])
+            won.append(all(good <= ours[name] for name, (good, _) in theirs.items()))
+            said.append(f"{axis}: I-BAU {ours[label]}, {label} {good} of {n}")
+        else:
+            said.append(f"{axis}: not compared")
+    if not won:
+        return NOTHING
+    verdict = HOLDS if sum(won) == len(AXES) else PARTLY if any(won) else FAILS
+    return verdict, f"cells at the goal, beside the best baseline: {'; '.join(said)}"
+
+
+def c8(found: Evidence) -> tuple[str, str]:
+    """Seconds of the fastest baseline that meets the goal over I-BAU's, a ratio a single-target model.
+
+    Whole runs, on one kind of device with the same number of threads. Holds where the median is at least 13,
+    the paper's figure; in part where it is at least 2: what else a machine does makes less of a difference.
+    """
+    times = tables.ratios(found.rows("single-target"))
+    times = times[times["defence"].isin(BASELINES) & (times["attack"] != "clean")]
+    effective, of_all = [], []
+    for _, same in times.groupby(["profile", "dataset", "attack", "seed", "device"], sort=False):
+        if len(same) >= LEAST:
+            of_all.append(same["times"].min())
+            effective += same[same["good"]].nsmallest(1, "times")["times"].tolist()
+    if not effective:
+        return NOTHING
+    middle = median(effective)
+    spread = f"{min(effective):.1f} to {max(effective):.1f} on {len(effective)} models"
+    said = f"the fastest baseline at the goal takes {middle:.1f} times as long ({spread})"
+    said += f"; the fastest of all {median(of_all):.1f}"
+    return (HOLDS if middle >= 13 else PARTLY if middle >= 2 else FAILS), said
+
+
+def c9(found: Evidence) -> tuple[str, str]:
+    """With 100 clean images, at the goal for so few (ACC down by 5 points at most, ASR 20% at most).
+
+    Holds where I-BAU meets it on every model and no baseline that uses clean images on any; in part where it
+    meets it on at least half, and on more than any baseline does of those that both ran.
+    """
+    few = found.of("clean-size")
+    few = few[(few["clean"] == 100) & few["defence"].isin(SIGHTED)]
+    ours, theirs = _at_goal(few)
+    if not theirs:
+        return NOTHING
+    own = few[(few["defence"] == OURS) & few["run"]]
+    good, n = int(own["good"].sum()), len(own)
+    label, (best, m) = max(theirs.items(), key=lambda item: item[1][0] / item[1][1])
+    said = f"I-BAU at the goal on {good} of {n} models; best baseline {label}, {best} of {m}"
+    if good == n and not any(count for count, _ in theirs.values()):
+        return HOLDS, said
+    ahead = all(count < ours[name] for name, (count, _) in theirs.items())
+    return (PARTLY if good >= n / 2 and ahead else FAILS), said
+
+
+def _at_goal(means: pd.DataFrame, along: str = "") -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Cells at the goal, of those (at least 3) that I-BAU and a baseline ran: I-BAU's, and (its, of all).
+
+    A dict each, by the baseline's label. Clean models do not count; nor do baselines whose cells all have the
+    same value in the column `along`.
+    """
+    which = ["profile", "dataset", "attack", "ratio", "clean"]
+    done = means[means["run"] & (means["attack"] != "clean")]
+    wide = done.pivot(index=which, columns="defence", values="good")
+    ours, theirs = {}, {}
+    for label in BASELINES:
+        if OURS in wide and label in wide:
+            both = wide[[OURS, label]].dropna()
+            varies = not along or len(both.index.unique(along)) > 1
+            if len(both) >= LEAST and varies:
+                ours[label], theirs[label] = int(both[OURS].sum()), (int(both[label].sum()), len(both))
+    return ours, theirs
+
+
+def _by_share(share: float) -> str:
+    return HOLDS if share >= 0.9 else PARTLY if share >= 0.5 else FAILS
+
+
+Interval = tuple[float, float, float]  # a mean, and the ends of its interval
+
+
+def _difference(runs: pd.DataFrame, value: str, method: str, other: str) -> Interval | None:
+    """Mean of method less other over victims that both met (Student's t); None for too few of them."""
+    if runs.empty:
+        return None
+    victims = ["dataset", "attack", "rounds", "outer_steps", "seed"]
+    wide = runs.pivot(index=victims, columns="method", values=value)
+    if not {method, other} <= set(wide):
+        return None
+    x = (wide[method] - wide[other]).dropna()
+    if len(x) < LEAST:
+        return None
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * x.std() / math.sqrt(len(x))
+    return x.mean(), x.mean() - half, x.mean() + half
+
+
+def _interval(difference: Interval) -> str:
+    middle, low, high = difference
+    return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+# ---- the table
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says, in short; the function that judges it; and the notebooks to read."""
+
+    says: str
+    judge: Callable[[Evidence], tuple[str, str]]
+    notebooks: tuple[str, ...]
+
+
+CLAIMS = {
+    "C1": Claim("removal is a minimax, on a small clean set", c1, ("03", "04")),
+    "C2": Claim("much of earlier work is a special case of it", c2, ("03",)),
+    "C3": Claim("the implicit hypergradient solves it; the naive heuristic is unstable", c3, ("12",)),
+    "C4": Claim("error and convergence are bounded", c4, ("03", "12")),
+    "C5": Claim("robustness on the clean set carries over to unseen images", c5, ("03",)),
+    "C6": Claim("comparable to the best of six baselines, most often better", c6, ("06", "07", "08")),
+    "C7": Claim("more robust to attack, poison ratio and clean set", c7, ("06", "09", "10")),
+    "C8": Claim("more than 13 times faster than the most efficient baseline", c8, ("11",)),
+    "C9": Claim("works with 100 clean images, where every baseline fails", c9, ("10",)),
+}
+
+
+def judged(found: Evidence) -> pd.DataFrame:
+    """A row a claim: what it says, the verdict, what was measured, the notebooks."""
+    rows = {}
+    for name, claim in CLAIMS.items():
+        verdict, measured = claim.judge(found)
+        numbers = ", ".join(claim.notebooks)
+        rows[name] = {"the paper": claim.says, "here": verdict, "measured": measured, "notebook": numbers}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("claim")
