@@ -25,21 +25,22 @@ test: lint  ## check the code, then run the unit tests and every notebook
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
 
-lint: $(INSTALLED)  ## check style and format
+lint: $(INSTALLED)  ## check style, format and which folder imports which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	@$(BIN)/lint-imports --no-cache --no-logo
 
 figures: $(INSTALLED)  ## redraw figures/ and the README's results from figures/data
-	@$(BIN)/python -m ibau.figures
+	@$(BIN)/python -m ibau.report.figures
 
 zoo: $(INSTALLED)  ## write zoo/, the poisoned models behind the tables, from runs/models
-	@$(BIN)/python -m ibau.zoo
+	@$(BIN)/python -m ibau.study.zoo
 
 bench: $(INSTALLED)  ## time I-BAU beside the textbook's hypergradient, into figures/data
-	@$(BIN)/python -m ibau.bench $(ARGS)
+	@$(BIN)/python -m benchmarks.speed $(ARGS)
 
 bench-training: $(INSTALLED)  ## time a training epoch, variant by variant, into figures/data
-	@$(BIN)/python -m ibau.bench_training
+	@$(BIN)/python -m benchmarks.training
 
 # torch itself pins the CUDA packages it needs, and other platforms lack them: they stay out of the lock.
 # Python 3.11 needs all that newer ones need and a little more.
@@ -53,7 +54,7 @@ lock: $(INSTALLED)  ## write constraints.txt from what is installed in .venv (Py
 
 clean:  ## remove .venv, caches and the tests' runs; keep the results in runs/
 	rm -rf $(VENV) runs/test .pytest_cache .ruff_cache .hypothesis *.egg-info build
-	find ibau tests notebooks -name __pycache__ -prune -exec rm -rf {} +
+	find ibau benchmarks tests notebooks -name __pycache__ -prune -exec rm -rf {} +
 
 # A kept .venv is judged by its own Python, a missing one by $(PYTHON). An interrupted call goes on from here.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""`ibau clean` on torchvision's networks, poisoned by our attacks: `python -m ibau.outside --data DIR`.
+"""`ibau clean` on torchvision's networks, poisoned by our attacks: `python -m benchmarks.outside --data DIR`.
 
 A stranger's part comes first: eight classes of GTSRB become folders of 64x64 crops, a network is trained on
 them, some poisoned, and saved by plain `torch.save(model.state_dict())`, in a process of its own. Then
@@ -185,7 +185,7 @@ def _call(module: str, *arguments) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m ibau.outside", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.outside", description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="the folder of GTSRB, as for `ibau reproduce --dataset gtsrb`")
     parser.add_argument("--network", choices=NETWORKS, nargs="*", default=list(NETWORKS))
     parser.add_argument("--attack", choices=ATTACKS, nargs="*", default=list(ATTACKS))
@@ -202,7 +202,7 @@ def main() -> None:
             if record.exists():
                 continue
             if not _stem(network, attack).with_suffix(".json").exists():
-                _call("ibau.outside", "--network", network, "--attack", attack, "--train-only")
+                _call("benchmarks.outside", "--network", network, "--attack", attack, "--train-only")
             found = clean(network, attack)
             write_json(record, found)
             print(network, attack, found["measured"])

@@ -26,29 +26,31 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.textbook import textbook
-from ibau.cleaning import recipe
-from ibau.cleaning.recipe import IBAUSettings, InnerProblem, UnlearningError, unlearn
+from ibau.cleaning.recipe import CleanSettings, clean
 from ibau.data.images import Splits
 from ibau.data.splits import load
 from ibau.defences.base import STATM, PeakMemory
 from ibau.hypergradient.implicit import Hypergradient
-from ibau.hypergradient.layers import cheapen
+from ibau.hypergradient.layers import exact_float32
 from ibau.measure import rates as rates_of
 from ibau.networks import models
+from ibau.own_model import load as own_load
 from ibau.study import experiment, grid
 from ibau.study import records as study_records
 from ibau.study import settings as study_settings
+from ibau.unlearning.authors import AuthorsSettings, authors
+from ibau.unlearning.common import UnlearningError, prepare
+from ibau.unlearning.ibau import IBAUSettings, InnerProblem, outer_step, unlearn
 
 TABLES = ("step", "round", "growth", "memory", "effect", "workers")
 FAST, PLAIN = "this package", "textbook"
-RECIPES = {  # what is timed until the backdoor is gone: settings, and whether hypergradients are textbook's
-    "default": (IBAUSettings(), False),
-    "paper, K = 5": (IBAUSettings.paper(), False),
-    "authors' recipe, textbook": (IBAUSettings.authors(rounds=5), True),
+RECIPES = {  # what is timed until the backdoor is gone, and whether its hypergradients are textbook's
+    "I-BAU": (unlearn, IBAUSettings(K=5), False),
+    "I-BAU+": (clean, CleanSettings(), False),
+    "authors' recipe, textbook": (authors, AuthorsSettings(rounds=5), True),
 }
-SERIES = IBAUSettings.paper(
-    hypergradient="neumann"
-)  # K terms, converging or not: what the textbook sums as well
+SERIES = IBAUSettings(tol=0.0)  # all K terms, as the textbook sums them
+ROUND_OF = "torchvision:vit_b_16?image_size=64"  # a round's memory is that of its 86 million weights
 GONE, LOST = 0.10, 0.02  # the backdoor is gone at this ASR, with ACC down by no more than that
 
 
@@ -58,13 +60,16 @@ def main(argv: list[str] | None = None) -> None:
     effort = study_settings.profile("quick" if args.dataset == "mnist5k" else "desk", args.dataset)
     splits = load(args.dataset, args.data, clean_size=effort.clean_size)
     victim = experiment.victim(study_settings.standard_victims(effort)["BadNets"], splits)
-    clean = (splits.clean.images, splits.clean.labels)
+    seen = (splits.clean.images, splits.clean.labels)
     n, quick = args.repeats, args.quick
+    Ks = (5,) if quick else (0, 5)
     tables = {
-        "step": lambda: steps(victim.model, *clean, repeats=3 * n, Ks=(5,) if quick else (0, 5)),
-        "round": lambda: rounds(victim.model, *clean, repeats=n, steps=2 if quick else 10),
+        "step": lambda: steps(victim.model, *seen, repeats=3 * n, Ks=Ks),
+        "round": lambda: rounds(victim.model, *seen, repeats=n, steps=2 if quick else 10),
         "growth": lambda: growth(repeats=n, quick=quick),
-        "memory": lambda: memory(width=effort.width, Ks=(5,) if quick else (0, 5)),
+        "memory": lambda: memory(
+            width=effort.width, Ks=(5,) if quick else (0, 5), transformer=args.transformer
+        ),
         "effect": lambda: effects(victim, splits, repeats=n, recipes=list(RECIPES)[: 1 if quick else None]),
         "workers": lambda: workers(repeats=n, cells=2 if quick else 4),
     }
@@ -82,6 +87,9 @@ def _arguments(argv: list[str] | None):
     parser.add_argument("--data", default="", metavar="DIR", help="folder of the data set's images")
     parser.add_argument("--table", nargs="+", default=[], choices=TABLES, help="only these; default: all")
     parser.add_argument("--repeats", type=int, default=3, help="of every comparison (default 3)")
+    parser.add_argument(
+        "--transformer", action="store_true", help="memory: also of a round on vit_b_16 (minutes, 6 GB)"
+    )
     parser.add_argument("--quick", action="store_true", help="a short run that only shows that it runs")
     parser.add_argument("--out", default="", metavar="DIR", help="for the tables; default figures/data")
     args = parser.parse_args(argv)
@@ -112,22 +120,17 @@ def stepper(
     """
     way = nullcontext if how == FAST else textbook
     delta = _perturbation(model, images, labels, settings)
-    model = copy.deepcopy(model).eval()
-    if how == FAST:
-        model = cheapen(model).to(memory_format=torch.channels_last)
-    for weight in model.parameters():
-        weight.requires_grad_()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
-    batch = (images[: settings.batch_size], labels[: settings.batch_size])
     with way():
-        inner = InnerProblem(
-            model, images[: settings.inner_images], labels[: settings.inner_images], settings
-        )
+        start = prepare(model, images, labels, held_out=0.0, seed=0)
+    optimizer = torch.optim.Adam(start.model.parameters(), lr=0.0)
+    batch = (start.images[: settings.batch_size], start.labels[: settings.batch_size])
+    sample = (start.images[: settings.inner_images], start.labels[: settings.inner_images])
+    inner = InnerProblem(start.model, *sample, settings)
 
     def step() -> Hypergradient:
         generator = torch.Generator().manual_seed(1)
-        with way():
-            taken = recipe.outer_step(inner, delta, *batch, optimizer, generator)
+        with exact_float32(), way():
+            taken = outer_step(inner, delta, *batch, optimizer, generator)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return taken
@@ -163,7 +166,7 @@ def rounds(model: nn.Module, images: Tensor, labels: Tensor, *, repeats: int, st
     """Seconds of one whole round: the inner solve and `steps` outer steps."""
     rows = []
     for K in (0, 5):
-        settings = IBAUSettings.paper(K, rounds=1, outer_steps=steps, held_out=0.0)
+        settings = IBAUSettings(K=K, rounds=1, outer_steps=steps, held_out=0.0)
 
         def one(how: str, settings: IBAUSettings = settings) -> None:
             with nullcontext() if how == FAST else textbook():
@@ -217,7 +220,7 @@ class _Gone(Exception):
     """The backdoor is: unlearning can stop."""
 
 
-def _until_gone(victim, splits, settings: IBAUSettings, plainly: bool, seed: int) -> dict:
+def _until_gone(victim, splits, recipe: Callable, settings, plainly: bool, seed: int) -> dict:
     before = rates_of.accuracy(victim.model, splits.test.images, splits.test.labels).value
     line = {"gone": False, "rounds": 0, "asr": math.nan, "acc_lost": math.nan}
     watching = 0.0
@@ -239,22 +242,25 @@ def _until_gone(victim, splits, settings: IBAUSettings, plainly: bool, seed: int
     started = time.perf_counter()
     try:
         with textbook() if plainly else nullcontext():
-            unlearn(victim.model, splits.clean.images, splits.clean.labels, settings, seed, on_round=look)
+            recipe(victim.model, splits.clean.images, splits.clean.labels, settings, seed, on_round=look)
     except (_Gone, UnlearningError):
         pass
     return {**line, "seconds": time.perf_counter() - started - watching}
 
 
-def memory(*, width: float, Ks=(0, 5)) -> pd.DataFrame:
-    """MiB that two outer steps need beyond model and images, each in a process of its own."""
+def memory(*, width: float, Ks=(0, 5), transformer: bool = False) -> pd.DataFrame:
+    """MiB that two outer steps need beyond model and images, each in a process of its own.
+
+    With `transformer` also what a whole round needs, of ten outer steps and K = 5, on ROUND_OF.
+    """
     rows = []
     for K in Ks:
         for how in (FAST, PLAIN):
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                rows.append(
-                    {"K": K, "variant": how, "peak_mb": pool.submit(_memory_of, how, K, width).result()}
-                )
+            peak = _apart(_memory_of_steps, how, K, width)
+            rows.append({"work": "two steps, small_vgg", "K": K, "variant": how, "peak_mb": peak})
+    if transformer:
+        peak = _apart(_memory_of_round)
+        rows.append({"work": "a round, vit_b_16", "K": 5, "variant": FAST, "peak_mb": peak})
     return pd.DataFrame(rows)
 
 
@@ -294,12 +300,36 @@ def workers(*, repeats: int, cells: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _memory_of(how: str, K: int, width: float) -> float:
+def _apart(function: Callable, *arguments):
+    """What the function returns in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _memory_of_steps(how: str, K: int, width: float) -> float:
     model, images, labels = _random(width, 100)
-    model(images[:1])
+    return _beyond(model, images, lambda: stepper(model, images, labels, replace(SERIES, K=K), how)())
+
+
+def _memory_of_round() -> float:
+    model = own_load.build(ROUND_OF, 10)
+    # torchvision's head starts at zero, from which no gradient reaches the rest.
+    nn.init.trunc_normal_(model.heads.head.weight, std=0.02)
+    generator, device = torch.Generator().manual_seed(0), experiment.default_device()
+    images = torch.rand(100, 3, 64, 64, generator=generator).to(device)
+    labels = torch.randint(10, (100,), generator=generator).to(device)
+    settings = replace(SERIES, rounds=1, outer_steps=10, held_out=0.0)
+    model = model.to(device)
+    return _beyond(model, images, lambda: unlearn(model, images, labels, settings))
+
+
+def _beyond(model: nn.Module, images: Tensor, work: Callable[[], object]) -> float:
+    """MiB that the work needs at its peak beyond what this process needs already."""
+    with torch.no_grad():
+        model(images[:1])
     before = _resident()
     with PeakMemory() as peak:
-        stepper(model, images, labels, replace(SERIES, K=K), how)()
+        work()
     return round((peak.mb or math.nan) - before, 1)
 
 

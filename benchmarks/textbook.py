@@ -12,9 +12,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ibau.cleaning import recipe
 from ibau.hypergradient.implicit import Hypergradient
 from ibau.hypergradient.solvers import Solution
+from ibau.unlearning import authors, common, ibau
 
 
 @torch.enable_grad()
@@ -46,17 +46,22 @@ def textbook_hypergradient(
     return Hypergradient(direct, implicit, loss.item(), float("nan"), Solution(v, float("nan"), K, 0.0))
 
 
-def _hypergradient_of(outer, inner: "recipe.InnerProblem", delta: Tensor) -> Hypergradient:
+def _hypergradient_of(outer, inner: ibau.InnerProblem, delta: Tensor) -> Hypergradient:
     return textbook_hypergradient(outer, inner.phi, delta, inner.weights(), inner.settings.K)
+
+
+def _implicit_hypergradient(outer, phi, delta, params, *, solve, maxiter: int) -> Hypergradient:
+    return textbook_hypergradient(outer, phi, delta, params, maxiter)
 
 
 @contextmanager
 def textbook() -> Iterator[None]:
-    """Within, I-BAU takes its hypergradients the textbook way, whatever its settings say about the solver."""
-    with mock.patch.multiple(
-        recipe,
-        hypergradient_of=_hypergradient_of,
-        cheapen=lambda model: model,
-        takes_channels_last=lambda model, images: False,
+    """Within, `ibau.unlearn` and the authors' recipe take their hypergradients the textbook way, whatever
+    the settings say about the solver."""
+    layers = {"cheapen": lambda model, images: model, "takes_channels_last": lambda model, images: False}
+    with (
+        mock.patch.object(ibau, "hypergradient_of", _hypergradient_of),
+        mock.patch.object(authors, "implicit_hypergradient", _implicit_hypergradient),
+        mock.patch.multiple(common, **layers),
     ):
         yield

@@ -1,13 +1,23 @@
-"""Backdoor attacks on image classifiers, and their removal by I-BAU."""
+"""Backdoor attacks on image classifiers, and their removal.
+
+`ibau.unlearn` is the paper's I-BAU, `ibau.clean` is I-BAU+, ours.
+"""
 
 __version__ = "0.1.0"
-__all__ = ["IBAUSettings", "__version__", "unlearn"]
+__all__ = ["CleanSettings", "IBAUSettings", "__version__", "clean", "unlearn"]
+
+# Imported on first use: `ibau --help` need not wait for torch.
+_HOMES = {
+    "IBAUSettings": "ibau.unlearning.ibau",
+    "unlearn": "ibau.unlearning.ibau",
+    "CleanSettings": "ibau.cleaning.recipe",
+    "clean": "ibau.cleaning.recipe",
+}
 
 
 def __getattr__(name):
-    # Imported on first use: `ibau --help` need not wait for torch.
-    if name in ("IBAUSettings", "unlearn"):
-        from ibau.cleaning import recipe
+    if name in _HOMES:
+        from importlib import import_module
 
-        return getattr(recipe, name)
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'ibau' has no attribute {name!r}")

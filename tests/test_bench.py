@@ -6,25 +6,44 @@ import torch
 
 from benchmarks import speed
 from benchmarks.textbook import textbook
-from ibau.cleaning import recipe
-from ibau.cleaning.recipe import IBAUSettings
+from ibau.networks.training import TrainSettings
+from ibau.study import settings as study_settings
+from ibau.unlearning import authors, common, ibau
+from ibau.unlearning.ibau import IBAUSettings
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_both_steps_are_the_same_step(precision):
     random = speed._random(0.125, 20)
     weights = [w.clone() for w in random[0].parameters()]
-    settings = IBAUSettings.paper(3, tol=0.0, precision=precision)
+    settings = IBAUSettings(K=3, tol=0.0, precision=precision)
     fast, plain = (speed.stepper(*random, settings, how)() for how in (speed.FAST, speed.PLAIN))
     assert speed._difference(fast, plain) < 1e-3
     assert all(torch.equal(a, b) for a, b in zip(weights, random[0].parameters(), strict=True))
 
 
 def test_the_textbook_lasts_no_longer_than_its_context():
-    before = recipe.hypergradient_of, recipe.cheapen
+    patched = (
+        (ibau, "hypergradient_of"),
+        (authors, "implicit_hypergradient"),
+        (common, "cheapen"),
+        (common, "takes_channels_last"),
+    )
+    before = [getattr(*what) for what in patched]
     with textbook():
-        assert recipe.hypergradient_of is not before[0]
-    assert (recipe.hypergradient_of, recipe.cheapen) == before
+        assert not any(getattr(*what) is was for what, was in zip(patched, before, strict=True))
+    assert [getattr(*what) for what in patched] == before
+
+
+def test_the_authors_recipe_is_the_same_the_textbook_way():
+    random = speed._random(0.125, 120)
+    once = authors.AuthorsSettings()
+    fast = authors.authors(*random, once)
+    with textbook():
+        plain = authors.authors(*random, once)
+    assert torch.allclose(fast.deltas[0], plain.deltas[0], atol=1e-5)
+    for key in ("outer_loss", "implicit_over_direct"):
+        assert fast.history[0][key] == pytest.approx(plain.history[0][key], rel=1e-2)
 
 
 def test_ratios_are_of_neighbours(monkeypatch):
@@ -39,8 +58,8 @@ def test_a_short_run_writes_every_table(tmp_path, monkeypatch):
     monkeypatch.setattr(
         speed, "memory", lambda **_: pd.DataFrame([{"K": 5, "peak_mb": 1.0}])
     )  # starts processes
-    effort = speed.experiments.Profile("mnist5k", 100, 0.125, speed.experiments.TrainSettings(epochs=1))
-    monkeypatch.setattr(speed.experiments, "profile", lambda *_: effort)
+    effort = study_settings.Profile("mnist5k", 100, 0.125, TrainSettings(epochs=1))
+    monkeypatch.setattr(study_settings, "profile", lambda *_: effort)
     monkeypatch.setenv("IBAU_RUNS", str(tmp_path / "runs"))
     speed.main(["--quick", "--repeats", "1", "--out", str(tmp_path)])
     for name in speed.TABLES:

@@ -130,6 +130,24 @@ def test_a_defence_leaves_model_data_and_generator_alone_and_repeats(name, model
     assert not same(other.model, found.model)
 
 
+def test_a_defence_leaves_an_accelerators_generators_alone(model, data, monkeypatch):
+    """CUDA's and Apple's: torch.random.fork_rng does not restore both."""
+    states, seeds = {"cuda": ["a"], "mps": "b"}, []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states["cuda"])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda new: states.update(cuda=new))
+    monkeypatch.setattr(
+        torch.cuda, "manual_seed_all", lambda seed: states.update(cuda=[seed]) or seeds.append(seed)
+    )
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states["mps"])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda new: states.update(mps=new))
+    monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: states.update(mps=seed))
+    DEFENCES["finetune"](model, data, settings=SMALL["finetune"], seed=3)
+    assert states == {"cuda": ["a"], "mps": "b"}
+    assert seeds[0] == 3
+
+
 @pytest.mark.parametrize("name", DEFENCES)
 def test_what_a_defence_tells_is_plain_and_complete(name, model, data):
     found = DEFENCES[name](model, given(name, data), settings=SMALL[name])

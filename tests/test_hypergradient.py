@@ -223,7 +223,7 @@ def test_dense_solves_exactly_whatever_else_it_is_told(seed, n, radius):
     b = gaussian(seed + 1, n)
     assume(b.norm() > 0)
     product = Counted(a)
-    found = dense(product, b, maxiter=0, tol=1.0, x0=b)
+    found = dense(product, b, maxiter=0, tol=1.0)
     assert relative(a @ found.x, b) < 1e-9
     assert found.products == product.calls == n
     assert found.curvature == pytest.approx(torch.linalg.eigvalsh((a + a.T) / 2)[0].item(), abs=1e-9)
@@ -245,7 +245,7 @@ ITERATIVE = SOLVERS[:2]
 
 @pytest.mark.parametrize("solve", SOLVERS)
 def test_nothing_is_done_for_a_zero_right_hand_side(solve):
-    found = solve(lambda x: 1 / 0, torch.zeros(3), maxiter=5, x0=torch.ones(3))
+    found = solve(lambda x: 1 / 0, torch.zeros(3), maxiter=5)
     assert (found.residual, found.products, found.contraction, found.stopped) == (0, 0, 0, "tol")
     assert torch.equal(found.x, torch.zeros(3))
 
@@ -259,43 +259,15 @@ def test_numbers_that_are_not_finite_give_zero_and_are_reported(solve, value):
         assert (found.residual, found.stopped) == (1, "not finite")
 
 
-@pytest.mark.parametrize("solve", ITERATIVE)
-def test_a_warm_start_from_the_solution_costs_one_product(solve):
-    a, b = definite(0, 8, 1.5), gaussian(1, 8)
-    product = Counted(a)
-    found = solve(product, b, maxiter=50, tol=1e-12, x0=torch.linalg.solve(a, b))
-    assert found.products == product.calls == 1
-    assert (found.residual <= 1e-12, found.stopped) == (True, "tol")
-
-
-@pytest.mark.parametrize("solve", ITERATIVE)
-def test_a_warm_start_nearby_saves_products(solve):
-    a, b = definite(0, 20, 1.8), gaussian(1, 20)
-    near = torch.linalg.solve(a, b) + 1e-6 * gaussian(2, 20)
-    cold, warm = (solve(Counted(a), b, maxiter=200, tol=1e-9, x0=x0) for x0 in (None, near))
-    assert warm.residual <= 1e-9
-    assert warm.products < cold.products - 2
-
-
 @often
-@given(seed=seeds, scale=st.floats(0, 1e3), radius=st.floats(0.1, 5), maxiter=st.integers(0, 30))
+@given(seed=seeds, radius=st.floats(0.1, 5), maxiter=st.integers(0, 30))
 @pytest.mark.parametrize("solve", ITERATIVE)
-def test_no_solver_is_worse_than_its_start_or_than_nothing(solve, seed, scale, radius, maxiter):
+def test_no_solver_is_worse_than_nothing(solve, seed, radius, maxiter):
     a, b = torch.eye(6, dtype=torch.float64) - contraction(seed, 6, radius), gaussian(seed + 1, 6)
-    x0 = scale * gaussian(seed + 2, 6)
     product = Counted(a)
-    found = solve(product, b, maxiter=maxiter, x0=x0)
-    assert found.products == product.calls <= maxiter + 2
-    assert relative(a @ found.x, b) <= min(1, relative(a @ x0, b)) * (1 + 1e-9) + 1e-12
-
-
-@pytest.mark.parametrize("solve", ITERATIVE)
-@pytest.mark.parametrize("x0", [torch.zeros(3), torch.full((3,), math.nan)])
-def test_a_start_without_content_is_a_cold_start(solve, x0):
-    a = definite(0, 3, 1.5).float()
-    cold, warm = (solve(Counted(a), torch.ones(3), maxiter=2, x0=start) for start in (None, x0))
-    assert torch.equal(cold.x, warm.x)
-    assert cold.products == warm.products
+    found = solve(product, b, maxiter=maxiter)
+    assert found.products == product.calls <= maxiter + 1
+    assert relative(a @ found.x, b) <= 1 + 1e-9
 
 
 @pytest.mark.parametrize("solve", ITERATIVE)
@@ -395,24 +367,6 @@ def test_unrolling_nothing_leaves_the_direct_term():
     assert gradient.ratio == 0
     with pytest.raises(ValueError, match="steps is -1"):
         unrolled_hypergradient(problem.outer, problem.phi, problem.delta, [problem.theta], steps=-1)
-
-
-@pytest.mark.parametrize("radius", RADII)
-def test_a_warm_start_makes_the_next_hypergradient_cheap(radius):
-    problem = Quadratic(radius)
-    for method in (lambda **o: problem.estimate(200, **o), problem.kkt):
-        cold = method(tol=1e-10)
-        warm = method(tol=1e-10, v0=cold.solution.x)
-        assert warm.solution.products == 1 < cold.solution.products
-        assert relative(warm.total[0], problem.exact) < 1e-8
-
-
-def test_a_warm_start_is_projected_onto_the_tangent_space():
-    problem = Quadratic(1.0)
-    cold = problem.kkt(tol=1e-10)
-    warm = problem.kkt(tol=1e-10, v0=cold.solution.x + 5 * problem.delta)
-    assert warm.solution.products == 1
-    assert relative(warm.total[0], problem.exact) < 1e-8
 
 
 @pytest.mark.parametrize("radius", RADII)
@@ -811,7 +765,7 @@ def test_a_float32_network_equals_float64_finite_differences(push):
 @pytest.mark.parametrize("push", [0.0, 0.02])
 def test_cheap_layers_and_reduced_products_give_the_textbooks_hypergradient(push):
     plain, cheap = ConcaveVGG(push, torch.float32), ConcaveVGG(push, torch.float32)
-    cheapen(cheap.net)
+    cheapen(cheap.net, cheap.x)
     expected = textbook_hypergradient(plain.outer, plain.phi, plain.start, plain.params, 5)
     for products, error in ((None, 1e-4), (reduced(), 5e-3)):  # Phi's step of 1 / mu = 33 magnifies rounding
         found = implicit_hypergradient(

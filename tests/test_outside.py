@@ -1,4 +1,5 @@
-"""The stranger's part of `python -m ibau.outside`: folders of signs, a poisoned network, its state dict."""
+"""The stranger's part of `python -m benchmarks.outside`: folders of signs, a poisoned network, its state
+dict."""
 
 import csv
 import json

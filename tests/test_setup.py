@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 
 import nbformat
 import pytest
@@ -26,12 +26,22 @@ def project(root):
     return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
+def ranges(project, *extras):
+    """Package name -> range, of the package and these extras, each with the extras it names itself."""
+    found = {}
+    for line in sum((project["optional-dependencies"][extra] for extra in extras), project["dependencies"]):
+        requirement = Requirement(line)
+        if requirement.name == project["name"]:
+            found |= ranges(project, *requirement.extras)
+        else:
+            found[canonicalize_name(requirement.name)] = requirement.specifier
+    return found
+
+
 @pytest.fixture(scope="module")
 def declared(project):
-    """Package name -> range, of the package and its `test` extra."""
-    lines = project["dependencies"] + project["optional-dependencies"]["test"]
-    requirements = [Requirement(line) for line in lines]
-    return {canonicalize_name(r.name): r.specifier for r in requirements}
+    """Package name -> range, of all that `make` installs."""
+    return ranges(project, "test")
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +58,10 @@ def test_conda_has_the_same_packages_and_ranges(root, project, declared):
     assert conda.pop("pip") == SpecifierSet()
     assert conda.pop("python") == SpecifierSet(project["requires-python"])
     assert conda == declared
+
+
+def test_the_test_extra_is_everything(project, declared):
+    assert ranges(project, *project["optional-dependencies"]) == declared
 
 
 def test_the_lock_is_exact_and_names_no_source(pinned):
@@ -69,23 +83,82 @@ def sources(root, kind):
     return [re.sub(r"(?m)^\s*[%!].*$", "", source) for source in cells]
 
 
-@pytest.mark.parametrize("kind", ["ibau", "notebooks", "tests"])
-def test_every_imported_package_is_declared(root, project, declared, kind):
+@pytest.mark.parametrize("kind", ["ibau", "benchmarks", "notebooks", "tests"])
+def test_every_imported_package_is_declared(root, project, kind):
     modules = set()
     for statement in (s for source in sources(root, kind) for s in ast.walk(ast.parse(source))):
         if isinstance(statement, ast.Import):
             modules |= {alias.name.split(".")[0] for alias in statement.names}
         elif isinstance(statement, ast.ImportFrom) and statement.level == 0:
             modules.add(statement.module.split(".")[0])
+    ours = {"ibau": {"ibau"}, "notebooks": {"ibau"}, "benchmarks": {"ibau", "benchmarks"}}
+    ours = ours.get(kind) or {"ibau", "benchmarks", "conftest"}
+    # Dask is imported where it is used, which says what to install where it is missing.
+    allowed = ranges(project, *(["test"] if kind == "tests" else ["notebooks", "study", "cluster"])).keys()
     homes = packages_distributions()
-    extras = project["optional-dependencies"]
-    test_only = {canonicalize_name(Requirement(r).name) for r in extras["test"]}
-    allowed = declared.keys() if kind == "tests" else declared.keys() - test_only
-    if kind == "ibau":  # imports Dask where it is used, and says what to install where it is missing
-        allowed |= {canonicalize_name(Requirement(r).name) for r in extras["cluster"]}
-    for module in modules - sys.stdlib_module_names - {"ibau", "conftest"}:
+    for module in modules - sys.stdlib_module_names - ours:
         names = {canonicalize_name(name) for name in homes.get(module, [module])}
         assert names & allowed, f"{kind} imports {module}, which pyproject.toml does not declare"
+
+
+def closure(names):
+    """These packages and all they require, of those installed here."""
+    found, waiting = set(), {canonicalize_name(name) for name in names}
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        try:
+            needs = [Requirement(line) for line in requires(name) or []]
+        except PackageNotFoundError:
+            continue
+        needed = {
+            canonicalize_name(r.name) for r in needs if not r.marker or r.marker.evaluate({"extra": ""})
+        }
+        waiting |= needed - found
+    return found
+
+
+BARE_INSTALL = """
+import sys
+from importlib.machinery import PathFinder
+
+class Bare(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in sys.argv[2:] else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
+
+import torch, ibau
+
+torch.manual_seed(0)
+layers = torch.nn.Conv2d(3, 4, 3), torch.nn.ELU(), torch.nn.Flatten(), torch.nn.Linear(144, 2)
+model = torch.nn.Sequential(*layers)
+images, labels = torch.rand(60, 3, 8, 8), torch.arange(60) % 2
+images[labels == 1] *= 0.5
+result = getattr(ibau, sys.argv[1])(model, images, labels)
+assert torch.isfinite(result.model(images)).all()
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["unlearn", "clean"])
+def test_a_bare_install_is_enough_to_clean_a_model(root, project, algorithm):
+    """With every package out of reach that `pip install ibau` does not bring."""
+    bare = closure(ranges(project))
+    homes = packages_distributions()
+    blocked = [m for m, names in homes.items() if not bare & {canonicalize_name(name) for name in names}]
+    blocked = sorted(set(blocked) - {"ibau", "benchmarks"})
+    assert {"pandas", "scipy", "sklearn", "matplotlib", "seaborn", "mlxtend", "opacus"} <= set(blocked)
+    assert {"jupyterlab", "jupyter_client", "nbformat", "IPython", "papermill", "yaml"} <= set(blocked)
+    command = [sys.executable, "-W", "ignore", "-c", BARE_INSTALL, algorithm, *blocked]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_folder_with_code_is_a_package(root):
+    """Otherwise it stays out of the built package."""
+    folders = {path.parent for path in (root / "ibau").rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
 def test_make_help_lists_every_target(root):

@@ -14,7 +14,18 @@ from torch import nn
 from ibau.data.images import ImageSet
 from ibau.measure.rates import accuracy
 from ibau.networks import models, training
-from ibau.networks.training import TrainingError, TrainSettings, augmented, learning_rate, to_float, train
+from ibau.networks.seeding import seeded
+from ibau.networks.training import (
+    TrainingError,
+    TrainSettings,
+    augmented,
+    autocast,
+    exact_float32,
+    learning_rate,
+    native_bfloat16,
+    to_float,
+    train,
+)
 
 SETTINGS = TrainSettings(epochs=3, batch_size=16, precision="float32", augment="crop-flip")
 
@@ -317,3 +328,133 @@ def test_to_float():
     assert images.dtype == torch.uint8
     already = torch.rand(3)
     assert to_float(already) is already
+
+
+# ---- random numbers
+
+
+def test_seeded_numbers_are_those_of_manual_seed_and_the_generator_goes_on():
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        expected = torch.rand(3)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt), seeded(7):
+        assert torch.equal(torch.rand(3), expected)
+        raise KeyboardInterrupt
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.initial_seed() == 1
+
+
+class Accelerators:
+    """Stands in for torch's functions on the generators of two CUDA devices and Apple's one."""
+
+    def __init__(self, monkeypatch, started):
+        self.cuda, self.mps, self.seeds = ["a", "b"], "c", []
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started)
+        monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(self.cuda))
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: self.set_cuda([seed, seed], seed))
+        monkeypatch.setattr(torch.cuda, "set_rng_state_all", self.set_cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: started)
+        monkeypatch.setattr(torch.mps, "get_rng_state", lambda: self.mps)
+        monkeypatch.setattr(torch.mps, "manual_seed", self.set_mps)
+        monkeypatch.setattr(torch.mps, "set_rng_state", self.set_mps)
+
+    def set_cuda(self, states, seed=None):
+        self.cuda, self.seeds = states, [*self.seeds, seed]
+
+    def set_mps(self, state):
+        self.mps = state
+
+
+def test_accelerators_are_seeded_and_restored(monkeypatch):
+    found = Accelerators(monkeypatch, started=True)
+    with seeded(7):
+        assert (found.cuda, found.mps) == ([7, 7], 7)
+    assert (found.cuda, found.mps) == (["a", "b"], "c")
+
+
+def test_a_model_and_its_training_leave_the_accelerators_generators_alone(monkeypatch):
+    found = Accelerators(monkeypatch, started=True)
+    train(models.build("small_vgg", 3, width=0.125, seed=5), tint(size=32), SETTINGS, seed=4)
+    assert (found.cuda, found.mps) == (["a", "b"], "c")
+    assert [seed for seed in found.seeds if seed is not None] == [5, 400_012, 400_013, 400_014]
+
+
+def test_an_accelerator_that_is_not_in_use_is_not_started(monkeypatch):
+    found = Accelerators(monkeypatch, started=False)
+    with seeded(7):
+        torch.rand(1)
+    assert (found.cuda, found.mps, found.seeds) == (["a", "b"], "c", [])
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize(("capability", "native"), [((7, 0), False), ((7, 5), False), ((8, 0), True)])
+def test_bfloat16_that_a_gpu_only_emulates_is_not_native(monkeypatch, capability, native):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: asked.append(d) or capability)
+    device = torch.device("cuda", 1)
+    assert native_bfloat16(device) is native
+    assert asked == [device]  # not the current one
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
+def test_apples_gpu_is_trained_on_in_float32_unless_told_otherwise(precision):
+    device = torch.device("mps")
+    assert not native_bfloat16(device)
+    with autocast(device, precision):
+        assert torch.is_autocast_enabled("mps") == (precision == "bfloat16")
+
+
+def test_autocast_to_auto_on_an_old_gpu_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: (7, 5))
+    with autocast(torch.device("cuda"), "auto"):
+        assert not torch.is_autocast_enabled("cuda")
+
+
+def tf32():
+    backends = torch.backends
+    flags = [backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()]
+    if hasattr(backends.cudnn, "conv"):
+        flags += [m.fp32_precision for m in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)]
+    return flags
+
+
+@pytest.mark.parametrize("matmul", ["highest", "high", "medium"])
+@pytest.mark.parametrize("convolution", [True, False])
+def test_exact_float32_switches_tf32_off_and_back(matmul, convolution):
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+        set_so = tf32()
+        with pytest.raises(KeyboardInterrupt), exact_float32():
+            assert tf32()[:3] == [False, False, "highest"]
+            assert set(tf32()[3:]) <= {"ieee"}
+            with exact_float32():
+                assert tf32()[:2] == [False, False]
+            assert tf32()[:2] == [False, False]
+            raise KeyboardInterrupt
+        assert tf32() == set_so
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has the older flags alone")
+def test_exact_float32_overrides_torchs_newer_switches():
+    """In a process of its own: the older flags cannot be read once the newer ones disagree."""
+    program = """
+        import torch
+        from ibau.networks.training import exact_float32
+        switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+        for m in switches:
+            m.fp32_precision = "tf32"
+        with exact_float32():
+            assert [m.fp32_precision for m in switches] == 3 * ["ieee"]
+        assert [m.fp32_precision for m in switches] == 3 * ["tf32"]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)

@@ -803,7 +803,7 @@ def test_the_authors_recipe_runs_as_it_stands(model, images, labels):
 # ---- what it is for
 
 
-@pytest.mark.filterwarnings("ignore::ibau.unlearning.UnlearningWarning")  # its settings are for speed
+@pytest.mark.filterwarnings("ignore::ibau.cleaning.recipe.UnlearningWarning")  # its settings are for speed
 def test_it_removes_a_real_backdoor():
     """A small network on real digits: the backdoor goes, and the digits are still read."""
     splits, trigger, target = load("mnist5k", train_size=1500), badnets(), 8

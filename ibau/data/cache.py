@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a data set's function gives (`Source`), and the cache of decoded images, checked by stamp."""
 
 import hashlib
 import json

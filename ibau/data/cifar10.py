@@ -1,4 +1,4 @@
-"""TODO."""
+"""CIFAR-10, from its batches, its archive or class folders; and `fetch`, the download that GTSRB shares."""
 
 import tempfile
 from collections.abc import Callable

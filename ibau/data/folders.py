@@ -1,4 +1,4 @@
-"""TODO."""
+"""Image folders: find the files, decode them to one size, write them back; and what all data sets share."""
 
 import hashlib
 import os

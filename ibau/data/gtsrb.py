@@ -1,4 +1,4 @@
-"""TODO."""
+"""GTSRB, the German traffic signs: frames cut to their signs, in tracks of one physical sign."""
 
 import csv
 import os

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Images with labels (`ImageSet`), the four parts of a data set (`Splits`), and a class-balanced order."""
 
 from dataclasses import dataclass
 

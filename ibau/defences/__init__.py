@@ -5,16 +5,17 @@
 A defence is added by adding it to DEFENCES: nothing downstream asks for one by its name.
 """
 
-from ibau.cleaning.recipe import IBAUSettings
+from ibau.cleaning.recipe import CleanSettings
 from ibau.defences.base import Defence, Defended
 from ibau.defences.deepinspect import DeepInspectSettings, deepinspect
 from ibau.defences.dp_sgd import DPSGDSettings, dp_sgd
 from ibau.defences.fine_pruning import FinePruningSettings, fine_pruning
 from ibau.defences.finetune import FinetuneSettings, finetune
-from ibau.defences.ibau import ibau
+from ibau.defences.ibau import ibau, ibau_plus
 from ibau.defences.nad import NADSettings, nad
 from ibau.defences.neural_cleanse import NeuralCleanseSettings, neural_cleanse
 from ibau.defences.tabor import TaborSettings, tabor
+from ibau.unlearning.ibau import IBAUSettings
 
 __all__ = ["DEFENCES", "Defence", "Defended", "defence", "quick"]
 
@@ -27,6 +28,7 @@ DEFENCES: dict[str, Defence] = {
     "nad": Defence("NAD", nad, NADSettings),
     "dp_sgd": Defence("DP-SGD", dp_sgd, DPSGDSettings, sees="poisoned"),
     "ibau": Defence("I-BAU", ibau, IBAUSettings),
+    "ibau_plus": Defence("I-BAU+", ibau_plus, CleanSettings),
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ibau.data.images import ImageSet
 from ibau.networks.models import device_of
+from ibau.networks.seeding import seeded
 from ibau.networks.training import to_float
 
 STATM = Path("/proc/self/statm")  # Linux: sizes of this process in pages, the second is the resident one
@@ -73,8 +74,7 @@ class Defence:
             wanted = self.settings.__name__
             raise ValueError(f"{self.label} takes settings of type {wanted}, not {type(settings).__name__}")
         started = time.perf_counter()
-        with torch.random.fork_rng(), torch.enable_grad(), PeakMemory() as peak:
-            torch.manual_seed(seed)
+        with seeded(seed), torch.enable_grad(), PeakMemory() as peak:
             model = copy.deepcopy(model).eval().requires_grad_()
             if data is not None:
                 check_labels(model, data)

@@ -42,6 +42,7 @@ from ibau.defences.inversion import (
 )
 from ibau.networks.models import device_of
 from ibau.networks.predict import predict
+from ibau.networks.seeding import seeded
 from ibau.networks.training import PRECISIONS, TrainSettings, train
 
 SAMPLES = 8  # of a class's perturbations that worked, the newest: patching stamps with them
@@ -206,8 +207,7 @@ def inspect(
     """Train G on `images`; every step shows each of them every class's perturbation, from one z a class."""
     s, device = settings, images.device
     random = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         generator = Generator(num_classes, s.noise, s.image_size).to(device)
     optimizer = torch.optim.Adam(generator.parameters(), lr=s.lr, betas=(0.5, 0.9))
     schedules = [Schedule(s) for _ in range(num_classes)]

@@ -14,11 +14,10 @@ sphere, from the optimality conditions themselves.
 Nothing larger than delta is ever inverted and, save in `dense`, no matrix is formed: every product with a
 Jacobian or a Hessian is a single backward pass through one recorded evaluation.
 
-Every solver is called as `solve(matvec, b, *, maxiter, tol=0.0, x0=None, verify=True) -> Solution`. A warm
-start x0 costs one product, for its residual, on top of `maxiter` iterations; one that is zero, not finite or
-worse than x = 0 counts as none. No solver returns anything worse than x = 0, or multiplies a zero vector.
-With `verify` False no product is spent on nothing but the residual of the x that is returned: a caller who
-multiplies x anyway, as the hypergradient does, gets that residual for nothing.
+Every solver is called as `solve(matvec, b, *, maxiter, tol=0.0, verify=True) -> Solution`, and starts at
+x = 0. None but `neumann` returns anything worse than that, and none multiplies a zero vector. With `verify`
+False no product is spent on nothing but the residual of the x that is returned: a caller who multiplies x
+anyway, as the hypergradient does, gets that residual for nothing.
 """
 
 import math
@@ -41,7 +40,7 @@ class Hypergradient:
     stationarity  how far delta is from what the theory assumes, 0 being exact; relative, and defined by the
                   function that made this
     solution      of the linear system; its residual bounds the implicit term's relative truncation error,
-                  up to the system's condition number. Its x is the warm start (v0) for the next one
+                  up to the system's condition number
     multiplier    lambda of the constraint |delta| <= radius; 0 in its interior and where there is none
     """
 
@@ -73,7 +72,6 @@ def implicit_hypergradient(
     solve: Solver = fixed_point,
     maxiter: int = 5,
     tol: float = 0.0,
-    v0: Tensor | None = None,
     products: AbstractContextManager | None = None,
 ) -> Hypergradient:
     """d psi / d theta at an (almost) fixed point `delta` of `phi`: (I - dPhi/ddelta)^T v = dH_out/ddelta.
@@ -81,8 +79,7 @@ def implicit_hypergradient(
     outer(delta, params) -> scalar; phi(delta, params) -> like delta. Both must use the tensors they are
     handed. Phi must be differentiable at delta: a projected gradient step is, save exactly on the
     constraint's edge. With maxiter = 0 the implicit term is left out, and phi is not evaluated.
-    v0 warm-starts the solver. `products` is a context to compute products with Phi's Jacobians in, such as
-    one of lower precision.
+    `products` is a context to compute products with Phi's Jacobians in, such as one of lower precision.
 
     Costs one evaluation of `outer` with its gradient, one of Phi, the solver's products, and one backward
     pass through Phi that gives both (dPhi/dtheta)^T v and, with (dPhi/ddelta)^T v, the residual of v: the
@@ -104,7 +101,7 @@ def implicit_hypergradient(
         return v - _vjp(step, [delta], v)[0]
 
     with products or nullcontext():
-        solution = solve(i_minus_jt, b, maxiter=maxiter, tol=tol, x0=v0, verify=False)
+        solution = solve(i_minus_jt, b, maxiter=maxiter, tol=tol, verify=False)
         jt_v, *implicit = _vjp(step, [delta, *params], solution.x)
     if solution.x.any():
         residual = ((b - solution.x + jt_v).norm() / b.norm()).item()
@@ -126,7 +123,6 @@ def kkt_hypergradient(
     solve: Solver = conjugate_gradient,
     maxiter: int = 5,
     tol: float = 0.0,
-    v0: Tensor | None = None,
 ) -> Hypergradient:
     """d psi / d theta at an (almost) maximiser `delta` of `inner(delta, params)` over |delta|_2 <= radius.
 
@@ -135,8 +131,8 @@ def kkt_hypergradient(
 
         P (lambda I - H) P v = P dH_out/ddelta,     implicit = (d g/dtheta)^T v,
 
-    where P projects onto the sphere's tangent space at delta; in the interior P = I. v0 warm-starts the
-    solver. With maxiter = 0 the implicit term is left out, and `inner` is not evaluated.
+    where P projects onto the sphere's tangent space at delta; in the interior P = I. With maxiter = 0
+    the implicit term is left out, and `inner` is not evaluated.
 
     Needs stationarity, and the system positive definite: delta a strict local maximiser of second order.
     The step size that a Phi would need plays no part, but `fixed_point` then needs eigenvalues in (0, 2).
@@ -176,8 +172,7 @@ def kkt_hypergradient(
         """P (lambda I - H) P v + lambda (I - P) v: invertible, and the same on the tangent space."""
         return multiplier * v - tangent(_vjp(g, [delta], tangent(v))[0])
 
-    x0 = None if v0 is None else tangent(v0)
-    solution = solve(system, tangent(b), maxiter=maxiter, tol=tol, x0=x0)
+    solution = solve(system, tangent(b), maxiter=maxiter, tol=tol)
     implicit = _vjp(g, params, solution.x)
     return Hypergradient(direct, implicit, loss, stationarity, solution, multiplier)
 

@@ -7,7 +7,9 @@ The layers here compute the same numbers without any of that. A product with the
 gradient then costs one convolution forward and one backward a layer, as much as a gradient by the input.
 """
 
+import copy
 import itertools
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -36,12 +38,94 @@ def reduced():
         _reduced = before
 
 
-def cheapen(model: nn.Module) -> nn.Module:
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Within, float32 is float32: no matrix product or convolution on a GPU rounds its factors to TF32.
+
+    torch lets convolutions do so by default, with a relative error of 2^-11 a factor.
+    """
+    backends = torch.backends
+    modern = []  # since torch 2.9 each has its own switch
+    if hasattr(backends.cudnn, "conv"):
+        modern = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    switches = [m.fp32_precision for m in modern]
+    matmul, convolution = _readable(torch.get_float32_matmul_precision), _readable(_cudnn_tf32)
+    try:
+        if matmul is not None:
+            torch.set_float32_matmul_precision("highest")
+        if convolution is not None:
+            backends.cudnn.allow_tf32 = False
+        for m in modern:
+            m.fp32_precision = "ieee"
+        yield
+    finally:
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if convolution is not None:
+            backends.cudnn.allow_tf32 = convolution
+        for m, before in zip(modern, switches, strict=True):
+            m.fp32_precision = before
+
+
+def _cudnn_tf32() -> bool:
+    return torch.backends.cudnn.allow_tf32
+
+
+def _readable(flag):
+    """The value of one of torch's older flags; None where it cannot be told for what the newer ones say."""
+    try:
+        return flag()
+    except RuntimeError:
+        return None
+
+
+def cheapen(model: nn.Module, images: Tensor | None = None) -> nn.Module:
     """Make the model's convolutions, BatchNorms and ELUs such layers, in place, until `restore`.
 
     Parameters, buffers and their names stay. BatchNorm behaves as in evaluation mode, whatever the mode; one
     that follows a convolution in an `nn.Sequential` is folded into its weights.
+
+    images  (N, 3, H, W) in [0, 1], of the model's type and device; two will do. They go through a copy of the
+            model in evaluation mode, with its BatchNorms varied. Where folding changes what comes out, as it
+            does if the forward pass takes the layers in another order, nothing is folded; where the layers
+            still do, they are left as they are. Without images nothing is folded, and nothing compared
     """
+    if images is None:
+        return _replace(model, fold=False)
+    trial = _varied(copy.deepcopy(model).eval())
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False), exact_float32():
+        expected = trial(images.clone())
+        for fold in (True, False):
+            try:
+                found = _replace(trial, fold)(images.clone())
+            except Exception:  # whatever this forward pass does with its layers, it needs torch's own
+                found = None
+            if found is not None and _same(found, expected):
+                return _replace(model, fold)
+            restore(trial)
+    return model
+
+
+@torch.no_grad()
+def _varied(model: nn.Module) -> nn.Module:
+    """The model with other affine maps in its BatchNorms, none of which is near the identity."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d and module.affine:
+            scale, shift = torch.rand(2, module.num_features, generator=generator).to(module.weight)
+            module.weight.data = module.weight * (0.5 + scale)
+            module.bias.data = module.bias + shift - 0.5
+    return model
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """Whether two outputs are equal up to rounding, element by element and by their typical size."""
+    size = expected.abs().median().item()
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * size)
+
+
+def _replace(model: nn.Module, fold: bool) -> nn.Module:
+    """Give the layers their cheap classes, and fold BatchNorms into convolutions if told to."""
     for module in model.modules():
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.padding != "same":
             module.__class__ = Conv2d
@@ -50,7 +134,7 @@ def cheapen(model: nn.Module) -> nn.Module:
         elif type(module) is nn.ELU and module.alpha == 1:
             module.__class__ = ELU
     for module in model.modules():
-        if type(module) is nn.Sequential:
+        if fold and type(module) is nn.Sequential:
             for first, second in itertools.pairwise(module):
                 if type(first) is Conv2d and type(second) is FixedBatchNorm2d:
                     first.__dict__["norm"] = second  # not a submodule: no parameter is to be named twice

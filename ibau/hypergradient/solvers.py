@@ -1,4 +1,4 @@
-"""TODO."""
+"""Linear solvers for A x = b that need only products A v, and say how near they came and why they stopped."""
 
 import math
 from collections.abc import Callable
@@ -43,20 +43,18 @@ def fixed_point(
     *,
     maxiter: int,
     tol: float = 0.0,
-    x0: Tensor | None = None,
     verify: bool = True,
 ) -> Solution:
     """Solve A x = b by x <- x + (b - A x), the truncated Neumann series of A = I - J.
 
     Needs the spectral radius of J = I - A below 1; then the residual falls by that factor an iteration.
     Where it does not fall, the best iterate seen is returned, so a series that diverges cannot do harm
-    unnoticed: never worse than its start, nor than x = 0, whose residual is 1. Stops early at a relative
-    residual of `tol`. `maxiter` iterations from x = 0 sum the series' first `maxiter` terms, the paper's K.
+    unnoticed: never worse than x = 0, where it starts and whose residual is 1. Stops early at a relative
+    residual of `tol`. `maxiter` iterations sum the series' first `maxiter` terms, the paper's K.
     The last product serves the residual alone, and is left out where that is not to be verified.
     """
-    size = b.norm().item()
-    x, r, residual, products = _start(matvec, b, size, maxiter, x0)
-    best, best_residual, contraction, stopped = x, residual, 0.0, "maxiter"
+    x, r, size, residual = _start(b, maxiter)
+    best, best_residual, products, contraction, stopped = x, residual, 0, 0.0, "maxiter"
     for k in range(maxiter):
         if best_residual <= tol:
             break
@@ -84,13 +82,12 @@ def neumann(
     *,
     maxiter: int,
     tol: float = 0.0,
-    x0: Tensor | None = None,
     verify: bool = True,
 ) -> Solution:
     """The first `maxiter` terms of the Neumann series of A = I - J, whether it converges or not.
 
-    What the I-BAU authors' code sums, for comparison; `tol` and `x0` are accepted and ignored. The residual
-    is that of the sum, and has no bound: `fixed_point` is the same series under control.
+    What the I-BAU authors' code sums, for comparison; `tol` is accepted and ignored. The residual is that of
+    the sum, and has no bound: `fixed_point` is the same series under control.
     """
     size = b.norm().item()
     x, r, residual, previous = torch.zeros_like(b), b, 1.0, 1.0
@@ -113,7 +110,6 @@ def conjugate_gradient(
     *,
     maxiter: int,
     tol: float = 0.0,
-    x0: Tensor | None = None,
     verify: bool = True,
 ) -> Solution:
     """Solve A x = b by conjugate gradients.
@@ -128,14 +124,13 @@ def conjugate_gradient(
     Rounding makes the residual that the iteration carries along drift from the true one. Where it may have by
     more than a thousandth, the true one is computed afresh, by one more product, unless `verify` is False.
     """
-    size = b.norm().item()
-    x, r, residual, products = _start(matvec, b, size, maxiter, x0)
+    x, r, size, residual = _start(b, maxiter)
     unit = torch.finfo(b.dtype).eps
     scale = size if 0 < size < math.inf else 1.0
-    x, r = x / scale, r / scale  # a tiny b must not underflow when squared
-    first = best = x
-    best_residual = start = residual
-    contraction, curvature, largest, stopped = 0.0, math.inf, 0.0, "maxiter"
+    r = r / scale  # a tiny b must not underflow when squared
+    zero = best = x
+    best_residual = residual
+    products, contraction, curvature, largest, stopped = 0, 0.0, math.inf, 0.0, "maxiter"
     p = r
     for _ in range(maxiter):
         if best_residual <= max(tol, unit):
@@ -161,11 +156,11 @@ def conjugate_gradient(
             best, best_residual = x, residual
         p = r + contraction**2 * p
     stopped = "tol" if best_residual <= max(tol, unit) else stopped
-    if verify and best is not first and unit * largest * best.norm().item() > 1e-3 * best_residual:
+    if verify and best is not zero and unit * largest * best.norm().item() > 1e-3 * best_residual:
         best_residual = (b / scale - matvec(best)).norm().item()
         products += 1
-        if not best_residual < start:
-            best, best_residual = first, start
+        if not best_residual < 1:
+            best, best_residual = zero, 1.0
         if stopped == "tol" and best_residual > max(tol, 10 * unit):
             stopped = "rounding"
     curvature = curvature if curvature < math.inf else math.nan
@@ -178,14 +173,13 @@ def dense(
     *,
     maxiter: int = 0,
     tol: float = 0.0,
-    x0: Tensor | None = None,
     verify: bool = True,
 ) -> Solution:
     """Solve A x = b exactly: form A by as many products as there are unknowns, then eliminate.
 
     Needs A invertible; one that is not, or not finite, gives x = 0 and says so in `stopped`. `curvature` is
     the smallest eigenvalue of A's symmetric part. For small problems, as the truth to compare with:
-    `maxiter`, `tol`, `x0` and `verify` are accepted and ignored.
+    `maxiter`, `tol` and `verify` are accepted and ignored.
     """
     n, size = b.numel(), b.norm().item()
     if n > DENSE_LIMIT:
@@ -205,15 +199,9 @@ def dense(
     return Solution(x.view_as(b), residual, n, 0.0, curvature, "tol")
 
 
-def _start(matvec: Matvec, b: Tensor, size: float, maxiter: int, x0: Tensor | None):
-    """The start of an iteration: x, b - A x, its relative residual and the products spent so far."""
+def _start(b: Tensor, maxiter: int) -> tuple[Tensor, Tensor, float, float]:
+    """The start of an iteration: x = 0, its residual b, |b|, and its relative residual."""
     if maxiter < 0:
         raise ValueError(f"maxiter is {maxiter}; it must be at least 0")
-    zero = torch.zeros_like(b)
-    if size == 0:
-        return zero, b, 0.0, 0
-    if x0 is None or not 0 < x0.norm().item() < math.inf:
-        return zero, b, 1.0, 0
-    r = b - matvec(x0)
-    residual = r.norm().item() / size
-    return (x0, r, residual, 1) if residual < 1 else (zero, b, 1.0, 1)
+    size = b.norm().item()
+    return torch.zeros_like(b), b, size, 0.0 if size == 0 else 1.0

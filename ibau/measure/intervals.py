@@ -1,4 +1,4 @@
-"""TODO."""
+"""A rate with its 95% Wilson interval, of one count or pooled over several."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Weight files: written whole as safetensors, and read without running code they may hold."""
 
 import json
 import pickle

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibau.networks.seeding import seeded
+
 SMALL_VGG_PLAN = (32, 32, "M", 64, 64, "M", 128, 128, "M")
 
 
@@ -112,8 +114,7 @@ def build(architecture: str, num_classes: int, width: float = 1.0, seed: int = 0
     """A freshly initialised model; `seed` fixes its weights without touching the global generator."""
     if architecture not in MODELS:
         raise ValueError(f"unknown architecture {architecture!r}; valid: {', '.join(MODELS)}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return MODELS[architecture](num_classes, width)
 
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The classes a network predicts for images."""
 
 import torch
 from torch import Tensor, nn

@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from ibau.data.files import whole_file
 from ibau.data.images import ImageSet
+from ibau.hypergradient.layers import exact_float32 as exact_float32  # beside `autocast`, for its users
 from ibau.networks.models import device_of, takes_channels_last
+from ibau.networks.seeding import seeded
 
 AUGMENTS = ("none", "crop", "crop-flip")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -60,10 +62,12 @@ def to_float(images: Tensor) -> Tensor:
 
 def native_bfloat16(device: torch.device) -> bool:
     """Does this device multiply bfloat16 in hardware? (Emulated bfloat16 is slower than float32.)"""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return device.type == "cpu" and any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
+    if device.type == "cuda":  # NVIDIA's do from Ampere on; AMD's count from 9
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def autocast(device: torch.device, precision: str):
@@ -123,12 +127,12 @@ def train(
     layout = torch.channels_last if takes_channels_last(model, images) else torch.contiguous_format
     model.to(memory_format=layout)
     bar = tqdm(total=settings.epochs, initial=len(history), desc=progress, unit="epoch", disable=not progress)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), bar:
+    with bar:
         for epoch in range(len(history), settings.epochs):
-            # Seeding each epoch by itself makes a resumed run equal to an undisturbed one.
-            torch.manual_seed(seed * 100_003 + epoch)
             started = time.perf_counter()
-            loss, accuracy = _epoch(model, optimizer, images, labels, epoch, settings, layout)
+            # Seeding each epoch by itself makes a resumed run equal to an undisturbed one.
+            with seeded(seed * 100_003 + epoch):
+                loss, accuracy = _epoch(model, optimizer, images, labels, epoch, settings, layout)
             seconds = time.perf_counter() - started
             history.append({"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, "seconds": seconds})
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}")

@@ -18,7 +18,6 @@ from torch import nn
 
 from ibau import defences
 from ibau.attacks import Poisoned, Trigger, make_trigger, needs_model, poison, poison_several, strength_of
-from ibau.cleaning import recipe
 from ibau.data.files import whole_file
 from ibau.data.images import ImageSet, Splits
 from ibau.defences.base import Defence, Defended
@@ -219,18 +218,6 @@ def defence_record(
         return _write_defended(about, attacked, result, watch, splits)
 
     return once(kept({"settings": about}, ".json"), make)
-
-
-def unlearn_record(
-    settings: VictimSettings,
-    splits: Splits,
-    ibau_settings: recipe.IBAUSettings,
-    *,
-    seed: int = 0,
-    progress: bool = False,
-) -> dict:
-    """The `defence_record` of I-BAU."""
-    return defence_record(settings, splits, "ibau", ibau_settings, seed=seed, progress=progress)
 
 
 def describe_defence(

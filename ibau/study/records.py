@@ -1,4 +1,4 @@
-"""TODO."""
+"""Records on disk: made once, written whole, checked when read; and the folders they lie in."""
 
 import fcntl
 import hashlib

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What makes a victim, the victims that every table has, and the profiles: how much to compute."""
 
 from dataclasses import dataclass, replace
 

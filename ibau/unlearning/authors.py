@@ -1,0 +1,149 @@
+"""The recipe of the I-BAU authors' script as it stands, for comparison with `ibau.unlearn`.
+
+It differs in what matters to the theory: delta ascends by SGD in one pass over the clean set, neither
+bounded nor clamped, against the model's own predictions; Phi is a step of 0.1 on one fixed batch; five terms
+of the series are summed whether it converges or not; delta is on one image in a hundred. Nothing is held out.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ibau.hypergradient.implicit import implicit_hypergradient
+from ibau.hypergradient.layers import exact_float32
+from ibau.hypergradient.solvers import neumann
+from ibau.unlearning.common import Unlearned, UnlearningError, arranged, batches, mean, prepare
+from ibau.unlearning.ibau import Perturbation, cross_entropy, follow
+
+BATCH = 100
+INNER_LR = 10.0
+PENALTY = 1e-3  # weight of |delta|^2 that the inner objective loses
+PHI_STEP = 0.1
+SHARE = 0.01
+LR = 1e-3
+K = 5
+
+
+@dataclass(frozen=True)
+class AuthorsSettings:
+    """How long to run the authors' recipe: their notebooks take 1 to 5 rounds, each a pass over the clean
+    set."""
+
+    rounds: int = 1
+
+    def __post_init__(self):
+        if not self.rounds > 0:
+            raise ValueError(f"rounds is {self.rounds}; it must be positive")
+
+
+class _Inner:
+    """The authors' inner problem: H against the model's own predictions, less PENALTY |delta|^2."""
+
+    def __init__(self, model: nn.Module, images: Tensor):
+        self.model, self.names = model, [name for name, _ in model.named_parameters()]
+        self.images, self.labels = self.seen(images)
+
+    def seen(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        images = arranged(images, self.model)
+        with torch.no_grad():
+            return images, self.model(images.clone()).argmax(1)
+
+    def weights(self) -> list[Tensor]:
+        return [p.detach() for p in self.model.parameters()]
+
+    def on(self, delta: Tensor, params, images: Tensor, labels: Tensor) -> Tensor:
+        theta = dict(zip(self.names, params, strict=True))
+        return cross_entropy(self.model, theta, images + delta, labels) - PENALTY * delta.square().sum()
+
+    def objective(self, delta: Tensor, params) -> Tensor:
+        return self.on(delta, params, self.images, self.labels)
+
+    def phi(self, delta: Tensor, params) -> Tensor:
+        (gradient,) = torch.autograd.grad(self.objective(delta, params), delta, create_graph=True)
+        return delta + PHI_STEP * gradient
+
+    def solve(self, pool: list[Tensor]) -> Perturbation:
+        """One step of plain ascent from 0 a batch."""
+        delta = torch.zeros_like(self.images[:1])
+        for images in pool:
+            delta = delta.detach().requires_grad_()
+            objective = self.on(delta, self.weights(), *self.seen(images))
+            (gradient,) = torch.autograd.grad(objective, delta)
+            delta = delta.detach() + INNER_LR * gradient
+        with torch.enable_grad():
+            delta.requires_grad_()
+            loss = self.objective(delta, self.weights())
+            moved = self.phi(delta, self.weights())
+        stationarity = (moved - delta).norm() / delta.norm().clamp_min(1e-12)
+        return Perturbation(delta.detach(), loss.item(), stationarity.item())
+
+
+@exact_float32()
+@torch.enable_grad()
+def authors(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    settings: AuthorsSettings = AuthorsSettings(),
+    seed: int = 0,
+    *,
+    on_round: Callable[[nn.Module, list[dict]], None] | None = None,
+) -> Unlearned:
+    """Unlearn by the authors' recipe; arguments, result and history as of `ibau.unlearn`.
+
+    Raises ValueError for a clean set that cannot be used, UnlearningError where a loss is not finite.
+    """
+    start = prepare(model, images, labels, 0.0, seed)
+    theta, images, labels, generator = start.model, start.images, start.labels, start.generator
+    optimizer = torch.optim.Adam(theta.parameters(), lr=LR)
+    clean = batches(len(images), BATCH, generator)
+    a_pass = math.ceil(len(images) / BATCH)
+    history, deltas = [], []
+    for _ in range(settings.rounds):
+        began = time.perf_counter()
+        sample = torch.randperm(len(images), generator=generator)[:BATCH].to(images.device)
+        inner = _Inner(theta, images[sample])
+        order = batches(len(images), BATCH, generator)
+        found = inner.solve([images[next(order).to(images.device)] for _ in range(a_pass)])
+        inner_seconds, steps = time.perf_counter() - began, []
+        if not math.isfinite(found.loss):
+            raise UnlearningError(f"round {len(history) + 1}: the inner loss became {found.loss}")
+        for _ in range(a_pass):
+            batch = next(clean).to(images.device)
+            h = _outer_step(inner, found.delta, images[batch], labels[batch], optimizer, generator)
+            steps.append((h.loss, h.ratio, h.solution.residual, h.solution.contraction))
+        names = ("outer_loss", "implicit_over_direct", "residual", "contraction")
+        history.append(
+            {
+                "round": len(history) + 1,
+                "inner_loss": found.loss,
+                "delta_norm": found.delta.norm().item(),
+                "stationarity": found.stationarity,
+                **{name: mean(values) for name, values in zip(names, zip(*steps, strict=True), strict=True)},
+                "inner_seconds": inner_seconds,
+                "seconds": time.perf_counter() - began,
+                "rate": LR,
+            }
+        )
+        deltas.append(found.delta[0].cpu())
+        if on_round:
+            on_round(theta, history)
+    return Unlearned(start.finished(), history, deltas)
+
+
+def _outer_step(inner: _Inner, delta: Tensor, images: Tensor, labels: Tensor, optimizer, generator):
+    images = arranged(images, inner.model)
+    chosen = torch.randperm(len(images), generator=generator)[: max(1, round(SHARE * len(images)))]
+    carries = torch.zeros(len(images), 1, 1, 1, device=images.device)
+    carries.index_fill_(0, chosen.to(images.device), 1)
+
+    def outer(delta: Tensor, params) -> Tensor:
+        theta = dict(zip(inner.names, params, strict=True))
+        return cross_entropy(inner.model, theta, images + carries * delta, labels)
+
+    h = implicit_hypergradient(outer, inner.phi, delta, inner.weights(), solve=neumann, maxiter=K)
+    return follow(h, inner.model, optimizer)
