@@ -140,8 +140,8 @@ class Guard:
         """Warn (UnlearningWarning) where held-out accuracy ended more than LOST below what it was."""
         if self.before - self.accuracy > LOST:
             warnings.warn(
-                f"accuracy on the {len(self.watched[0])} held-out clean images fell from {self.before:.1%} to "
-                f"{self.accuracy:.1%}; a lower rate, a smaller radius, or more clean images keep more of it",
+                f"accuracy on the {len(self.watched[0])} held-out clean images fell from {self.before:.1%} "
+                f"to {self.accuracy:.1%}; a lower rate, a smaller radius or more clean images keep more of it",
                 UnlearningWarning,
                 stacklevel=3,
             )
