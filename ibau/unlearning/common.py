@@ -141,7 +141,7 @@ class Guard:
         if self.before - self.accuracy > LOST:
             warnings.warn(
                 f"accuracy on the {len(self.watched[0])} held-out clean images fell from {self.before:.1%} "
-                f"to {self.accuracy:.1%}; a lower rate, a smaller radius or more clean images keep more of it",
+                f"to {self.accuracy:.1%}; a lower rate, a smaller radius or more clean images help",
                 UnlearningWarning,
                 stacklevel=3,
             )
