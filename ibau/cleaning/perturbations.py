@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ibau.hypergradient.implicit import project_l2
 from ibau.networks.training import autocast
-from ibau.unlearning.common import arranged
-from ibau.unlearning.ibau import Perturbation, cross_entropy, maximise, measured
+from ibau.unlearning.common import Perturbation, arranged, measured
+from ibau.unlearning.ibau import cross_entropy, maximise
 
 FAINT = 1e-3  # the least mask at which the ascent looks for colours
 
@@ -57,7 +57,8 @@ def project_patch(delta: Tensor, area: float) -> Tensor:
     waiting for the device. On the pixels that end strictly between 0 and 1, tau is what their sum says.
     """
     mask, picture = delta[:, :1], delta[:, 1:].clamp(0, 1)
-    values = mask.detach().flatten().double()
+    values = mask.detach().flatten()
+    values = values if values.device.type == "mps" else values.double()  # MPS has no float64
     # Sum over pixels of clamp(m - tau, 0, 1) at each breakpoint: -slope pixels lie strictly between there.
     breaks, order = torch.cat([values, values - 1]).sort(descending=True)
     ones = torch.ones_like(values)

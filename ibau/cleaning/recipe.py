@@ -16,25 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ibau.checks import not_negative, one_of, positive, within
 from ibau.cleaning.perturbations import InnerProblem, perturbed
 from ibau.hypergradient.implicit import Hypergradient, implicit_hypergradient
-from ibau.hypergradient.layers import exact_float32, reduced
+from ibau.hypergradient.layers import exact_float32
 from ibau.measure.intervals import Rate
-from ibau.networks.training import PRECISIONS, autocast, native_bfloat16
+from ibau.networks.training import PRECISIONS, autocast
 from ibau.unlearning.common import (
     COLLAPSE,
     Guard,
     Unlearned,
-    UnlearningError,
     accuracy,
     arranged,
     batches,
     cosine,
-    mean,
+    line_of,
+    numbers,
     prepare,
     set_rate,
 )
-from ibau.unlearning.ibau import cross_entropy, follow
+from ibau.unlearning.ibau import cross_entropy, follow, second_order
 
 SEARCHES = ("alternating", "class-targeted", "patch", "additive")
 
@@ -82,29 +83,17 @@ class CleanSettings:
     precision: str = "auto"  # of the ascent and of steps with K = 0; gradients are float32 where K > 0
 
     def __post_init__(self):
-        for name in ("rounds", "outer_steps", "batch_size", "lr", "inner_steps", "inner_images", "phi_step"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("K", "tol", "recovery_steps", "few", "lost", "earlier"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("share", "patch_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in (0, 1]")
-        if not 0 < self.radius < math.inf:
-            raise ValueError(f"radius is {self.radius}; it must be positive and finite")
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}; it must lie in [0, 1)")
-        if not 0 < self.least_area <= self.most_area <= 1:
-            raise ValueError(
-                f"least_area is {self.least_area} and most_area {self.most_area}; "
-                "0 < least_area <= most_area <= 1 must hold"
-            )
-        for name, valid in (("search", SEARCHES), ("precision", PRECISIONS)):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; valid: {', '.join(valid)}")
+        positive(self, "rounds", "outer_steps", "batch_size", "lr", "inner_steps", "inner_images", "phi_step")
+        not_negative(self, "K", "tol", "recovery_steps", "few", "lost", "earlier")
+        within(self, "(0, 1]", "share", "patch_share", "most_area")
+        within(self, f"(0, {self.most_area}]", "least_area")
+        within(self, "(0, inf)", "radius")
+        within(self, "[0, 1)", "held_out")
+        one_of(self, "search", SEARCHES)
+        one_of(self, "precision", PRECISIONS)
 
 
+@exact_float32()
 @torch.enable_grad()
 def clean(
     model: nn.Module,
@@ -125,10 +114,7 @@ def clean(
     """
     run = _Run(prepare(model, images, labels, settings.held_out, seed), settings)
     guard, history, deltas = run.guard, [], []
-    with (
-        exact_float32(),
-        tqdm(total=settings.rounds, desc="I-BAU+", unit="round", disable=not progress) as bar,
-    ):
+    with tqdm(total=settings.rounds, desc="I-BAU+", unit="round", disable=not progress) as bar:
         while len(history) < settings.rounds:
             with guard:
                 line, delta = run.round(len(history))
@@ -157,7 +143,7 @@ class _Run:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.lr)
         self.guard = Guard(self.model, self.optimizer, start.watched, settings.lr)
         self.given = copy.deepcopy(self.model.state_dict())
-        self.batches = batches(len(self.images), settings.batch_size, self.generator)
+        self.batches = batches(self.images, self.labels, settings.batch_size, self.generator)
         self.order, self.earlier, self.teacher = [], [], None
         if settings.search == "class-targeted":
             with torch.no_grad():
@@ -180,27 +166,16 @@ class _Run:
         area, aim = self._area(number), self._aim(number)
         inner = InnerProblem(self.model, self.images[sample], self.labels[sample], settings, area, aim)
         found = inner.solve(self.generator)
-        if not math.isfinite(found.loss):
-            raise UnlearningError(f"the inner loss became {found.loss}")
-        inner_seconds = time.perf_counter() - began
+        solved = time.perf_counter()
         steps, taken = [], number * settings.outer_steps
         in_all = settings.rounds * settings.outer_steps + settings.recovery_steps
         for step in range(settings.outer_steps):
             set_rate(self.optimizer, cosine(self.guard.rate, (taken + step) / in_all))
             h = _outer_step(inner, found.delta, *self._batch(), self.optimizer, self.generator)
-            steps.append((h.loss, h.ratio, h.solution.residual, h.solution.contraction))
-        names = ("outer_loss", "implicit_over_direct", "residual", "contraction")
-        line = {
-            "inner_loss": found.loss,
-            "delta_norm": found.delta.norm().item(),
-            **({} if area is None else {"area": area}),
-            **({} if aim is None else {"aim": aim}),
-            "stationarity": found.stationarity,
-            **{name: mean(values) for name, values in zip(names, zip(*steps, strict=True), strict=True)},
-            "inner_seconds": inner_seconds,
-            "seconds": time.perf_counter() - began,
-        }
-        return line, found.delta
+            steps.append(numbers(h))
+        line = line_of(found, steps, solved - began, time.perf_counter() - began)
+        about = {"area": area, "aim": aim}
+        return {**line, **{name: value for name, value in about.items() if value is not None}}, found.delta
 
     def found(self, delta: Tensor) -> None:
         """Keep what a round found, where later steps are to show it again."""
@@ -239,7 +214,7 @@ class _Run:
             loss.backward()
             self.optimizer.step()
             losses.append(loss.detach())
-        outer_loss = torch.stack(losses).double().mean().item()
+        outer_loss = torch.stack(losses).cpu().double().mean().item()
         return {"recovery": steps, "outer_loss": outer_loss, "seconds": time.perf_counter() - began}
 
     def lost_much(self) -> bool:
@@ -252,8 +227,8 @@ class _Run:
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         """The next outer step's images, and what it aims at: labels, or probabilities (N, classes)."""
-        batch = next(self.batches).to(self.images.device)
-        images, targets = arranged(self.images[batch], self.model), self.labels[batch]
+        images, targets = next(self.batches)
+        images = arranged(images, self.model)
         if self.teacher:
             images = arranged(_shifted(images, self.generator), self.model)
             with torch.no_grad(), autocast(images.device, self.settings.precision):
@@ -302,17 +277,11 @@ def _outer_step(
         with autocast(images.device, precision):
             return cross_entropy(inner.model, theta, perturbed(images, delta, carries), targets)
 
-    low = settings.precision == "auto" and native_bfloat16(delta.device) or settings.precision == "bfloat16"
-    h = implicit_hypergradient(
-        outer,
-        inner.phi,
-        delta,
-        inner.weights(),
-        maxiter=settings.K,
-        tol=settings.tol,
-        products=reduced() if low else None,
-    )
-    return follow(h, inner.model, optimizer)
+    products = second_order(images.device, settings.precision)
+    how = {"maxiter": settings.K, "tol": settings.tol, "products": products}
+    h = implicit_hypergradient(outer, inner.phi, delta, inner.weights(), **how)
+    follow(h, inner.model, optimizer)
+    return h
 
 
 def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ibau.checks import positive
 from ibau.hypergradient.implicit import implicit_hypergradient
 from ibau.hypergradient.layers import exact_float32
 from ibau.hypergradient.solvers import neumann
-from ibau.unlearning.common import Unlearned, UnlearningError, arranged, batches, mean, prepare
-from ibau.unlearning.ibau import Perturbation, cross_entropy, follow
+from ibau.unlearning.common import Perturbation, Unlearned, arranged, batches, line_of, numbers, prepare
+from ibau.unlearning.ibau import cross_entropy, follow
 
 BATCH = 100
 INNER_LR = 10.0
@@ -36,8 +37,7 @@ class AuthorsSettings:
     rounds: int = 1
 
     def __post_init__(self):
-        if not self.rounds > 0:
-            raise ValueError(f"rounds is {self.rounds}; it must be positive")
+        positive(self, "rounds")
 
 
 class _Inner:
@@ -100,35 +100,21 @@ def authors(
     start = prepare(model, images, labels, 0.0, seed)
     theta, images, labels, generator = start.model, start.images, start.labels, start.generator
     optimizer = torch.optim.Adam(theta.parameters(), lr=LR)
-    clean = batches(len(images), BATCH, generator)
+    clean = batches(images, labels, BATCH, generator)
     a_pass = math.ceil(len(images) / BATCH)
     history, deltas = [], []
-    for _ in range(settings.rounds):
-        began = time.perf_counter()
+    for number in range(1, settings.rounds + 1):
+        began, steps = time.perf_counter(), []
         sample = torch.randperm(len(images), generator=generator)[:BATCH].to(images.device)
         inner = _Inner(theta, images[sample])
-        order = batches(len(images), BATCH, generator)
-        found = inner.solve([images[next(order).to(images.device)] for _ in range(a_pass)])
-        inner_seconds, steps = time.perf_counter() - began, []
-        if not math.isfinite(found.loss):
-            raise UnlearningError(f"round {len(history) + 1}: the inner loss became {found.loss}")
+        order = batches(images, labels, BATCH, generator)
+        found = inner.solve([next(order)[0] for _ in range(a_pass)])
+        solved = time.perf_counter()
         for _ in range(a_pass):
-            batch = next(clean).to(images.device)
-            h = _outer_step(inner, found.delta, images[batch], labels[batch], optimizer, generator)
-            steps.append((h.loss, h.ratio, h.solution.residual, h.solution.contraction))
-        names = ("outer_loss", "implicit_over_direct", "residual", "contraction")
-        history.append(
-            {
-                "round": len(history) + 1,
-                "inner_loss": found.loss,
-                "delta_norm": found.delta.norm().item(),
-                "stationarity": found.stationarity,
-                **{name: mean(values) for name, values in zip(names, zip(*steps, strict=True), strict=True)},
-                "inner_seconds": inner_seconds,
-                "seconds": time.perf_counter() - began,
-                "rate": LR,
-            }
-        )
+            h = _outer_step(inner, found.delta, *next(clean), optimizer, generator)
+            steps.append(numbers(h))
+        line = line_of(found, steps, solved - began, time.perf_counter() - began)
+        history.append({"round": number, **line, "rate": LR})
         deltas.append(found.delta[0].cpu())
         if on_round:
             on_round(theta, history)
@@ -146,4 +132,5 @@ def _outer_step(inner: _Inner, delta: Tensor, images: Tensor, labels: Tensor, op
         return cross_entropy(inner.model, theta, images + carries * delta, labels)
 
     h = implicit_hypergradient(outer, inner.phi, delta, inner.weights(), solve=neumann, maxiter=K)
-    return follow(h, inner.model, optimizer)
+    follow(h, inner.model, optimizer)
+    return h

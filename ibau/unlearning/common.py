@@ -7,12 +7,12 @@ Nothing here is part of an algorithm. `ibau.unlearn`, the authors' recipe and `i
 import copy
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ibau.hypergradient.implicit import Hypergradient
 from ibau.hypergradient.layers import cheapen, restore
 from ibau.networks.models import device_of, takes_channels_last
 from ibau.networks.training import to_float
@@ -42,6 +42,20 @@ class Unlearned:
     model: nn.Module
     history: list[dict]
     deltas: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """An inner solution and how good it is.
+
+    delta         (1, C, H, W), or (1, 1 + C, H, W) for one that replaces pixels
+    loss          the inner objective there
+    stationarity  |Phi(delta) - delta| / |delta|: 0 where no allowed step can raise the objective
+    """
+
+    delta: Tensor
+    loss: float
+    stationarity: float
 
 
 @dataclass(eq=False)
@@ -174,10 +188,12 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return sum(right).item() / len(images)
 
 
-def batches(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches of indices, passing over all n in a new order each time."""
+def batches(images: Tensor, labels: Tensor, size: int, generator: torch.Generator):
+    """Endless batches of images with their labels, passing over all of them in a new order each time."""
     while True:
-        yield from torch.randperm(n, generator=generator).split(size)
+        for batch in torch.randperm(len(images), generator=generator).split(size):
+            batch = batch.to(images.device)
+            yield images[batch], labels[batch]
 
 
 def arranged(images: Tensor, model: nn.Module) -> Tensor:
@@ -188,8 +204,46 @@ def arranged(images: Tensor, model: nn.Module) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last) if last else images
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def measured(inner, delta: Tensor) -> Perturbation:
+    """What the ascent found, with its loss and how far one step of Phi would move it."""
+    delta = delta.detach().requires_grad_()
+    loss = inner.objective(delta, inner.weights())
+    (gradient,) = torch.autograd.grad(loss, delta)
+    delta = delta.detach()
+    moved = inner.project(delta + inner.settings.phi_step * gradient)
+    stationarity = (moved - delta).norm() / delta.norm().clamp_min(1e-12)
+    return Perturbation(delta, loss.item(), stationarity.item())
+
+
+def numbers(h: Hypergradient) -> dict[str, float]:
+    """What the history says of an outer step."""
+    return {
+        "outer_loss": h.loss,
+        "implicit_over_direct": h.ratio,
+        "residual": h.solution.residual,
+        "contraction": h.solution.contraction,
+    }
+
+
+def line_of(found: Perturbation, steps: list[dict], inner_seconds: float, seconds: float) -> dict:
+    """A round's line of the history: the inner solution, and the means over the outer steps.
+
+    Raises UnlearningError where a loss or a hypergradient was not finite.
+    """
+    if not math.isfinite(found.loss):
+        raise UnlearningError(f"the inner loss became {found.loss}")
+    for step in steps:
+        loss, ratio = step["outer_loss"], step["implicit_over_direct"]
+        if not (math.isfinite(loss) and math.isfinite(ratio)):
+            raise UnlearningError(f"the outer loss became {loss} and |implicit| / |direct| {ratio}")
+    return {
+        "inner_loss": found.loss,
+        "delta_norm": found.delta.norm().item(),
+        "stationarity": found.stationarity,
+        **{name: sum(step[name] for step in steps) / len(steps) for name in steps[0]},
+        "inner_seconds": inner_seconds,
+        "seconds": seconds,
+    }
 
 
 def _checked(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

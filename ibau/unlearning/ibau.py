@@ -14,11 +14,11 @@ Outer: Adam steps on theta along the hypergradient, which accounts for how delta
 (3)    d psi / d theta = dH_out/dtheta + (dPhi/dtheta)^T v,   v = sum_{k < K} (dPhi/ddelta^T)^k dH_out/ddelta
                          direct term    implicit term         the first K terms of a Neumann series
 
-Read `InnerProblem`, `outer_step`, `unlearn`, in this order. The series itself is summed in
-`ibau.hypergradient.solvers.fixed_point`. `ibau.unlearning.common` holds the checks and the safety net.
+Read `InnerProblem`, `outer_step`, `unlearn`, in this order. `implicit_hypergradient` is the formula (3), and
+`ibau.hypergradient.solvers.fixed_point` sums the series. `ibau.unlearning.common` holds the checks, the
+safety net and what the history reports.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from ibau.checks import not_negative, one_of, positive, within
 from ibau.hypergradient.implicit import (
     Hypergradient,
     implicit_hypergradient,
@@ -40,12 +41,14 @@ from ibau.hypergradient.layers import exact_float32, reduced
 from ibau.networks.training import PRECISIONS, autocast, native_bfloat16
 from ibau.unlearning.common import (
     Guard,
+    Perturbation,
     Unlearned,
-    UnlearningError,
     arranged,
     batches,
     cosine,
-    mean,
+    line_of,
+    measured,
+    numbers,
     prepare,
     set_rate,
 )
@@ -58,9 +61,10 @@ class IBAUSettings:
     """How to unlearn with the paper's algorithm.
 
     The paper and its authors' code give K = 5, Adam, batches of 100 and (in the CIFAR-10 notebook) the
-    radius 10 and delta on 1% of a batch; the other numbers are ours. An additive delta is far larger than
-    any trigger that could hide (a white 4x4 square on mid-grey has l2 norm 3.5), so that whatever a trigger
-    excites is within its reach, and few images carry it, because no classifier stays accurate under it.
+    radius 10 and delta on 1% of a batch; the other numbers are ours. Within such a radius delta can be far
+    larger than any trigger that could hide (a white 4x4 square on mid-grey has l2 norm 3.5), so that
+    whatever a trigger excites is within its reach. Few images carry it, because no classifier stays accurate
+    under it.
 
     `solver` says how the implicit term is computed: by the series of (3), by conjugate gradients on the
     optimality conditions of the ball ("cg"), or by differentiating through K further ascent steps
@@ -83,35 +87,13 @@ class IBAUSettings:
     precision: str = "auto"  # of the ascent and of steps with K = 0; gradients are float32 where K > 0
 
     def __post_init__(self):
-        for name in ("rounds", "outer_steps", "batch_size", "lr", "inner_steps", "inner_images", "phi_step"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("K", "tol"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        if not 0 < self.radius < math.inf:
-            raise ValueError(f"radius is {self.radius}; it must be positive and finite")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share is {self.share}; it must lie in (0, 1]")
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}; it must lie in [0, 1)")
-        for name, valid in (("solver", SOLVERS), ("precision", PRECISIONS)):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; valid: {', '.join(valid)}")
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """An inner solution and how good it is.
-
-    delta         (1, C, H, W), |delta|_2 <= radius
-    loss          the inner objective there
-    stationarity  |Phi(delta) - delta| / |delta|: 0 where no step inside the ball can raise the objective
-    """
-
-    delta: Tensor
-    loss: float
-    stationarity: float
+        positive(self, "rounds", "outer_steps", "batch_size", "lr", "inner_steps", "inner_images", "phi_step")
+        not_negative(self, "K", "tol")
+        within(self, "(0, inf)", "radius")
+        within(self, "(0, 1]", "share")
+        within(self, "[0, 1)", "held_out")
+        one_of(self, "solver", SOLVERS)
+        one_of(self, "precision", PRECISIONS)
 
 
 def cross_entropy(model: nn.Module, params: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
@@ -162,8 +144,7 @@ class InnerProblem:
 
         start = torch.randn(1, *self.images.shape[1:], generator=generator)
         start = (start * (0.01 * settings.radius / start.norm())).to(self.images.device)
-        delta = maximise(objective, start, radius=settings.radius, steps=settings.inner_steps)
-        return measured(self, delta)
+        return measured(self, maximise(objective, start, radius=settings.radius, steps=settings.inner_steps))
 
 
 def maximise(objective, delta: Tensor, *, radius: float, steps: int) -> Tensor:
@@ -181,42 +162,18 @@ def maximise(objective, delta: Tensor, *, radius: float, steps: int) -> Tensor:
     return delta.detach()
 
 
-def measured(inner, delta: Tensor) -> Perturbation:
-    """What was found, with its loss and how far one step of Phi would move it."""
-    delta = delta.detach().requires_grad_()
-    loss = inner.objective(delta, inner.weights())
-    (gradient,) = torch.autograd.grad(loss, delta)
-    delta = delta.detach()
-    moved = inner.project(delta + inner.settings.phi_step * gradient)
-    stationarity = (moved - delta).norm() / delta.norm().clamp_min(1e-12)
-    return Perturbation(delta, loss.item(), stationarity.item())
-
-
-def hypergradient_of(outer, inner: InnerProblem, delta: Tensor) -> Hypergradient:
-    """Eq. (3): d psi / d theta at delta, by the settings' solver.
+def outer_step(
+    inner: InnerProblem, delta: Tensor, images: Tensor, labels: Tensor, optimizer, generator: torch.Generator
+) -> Hypergradient:
+    """Eq. (3): one Adam step along the hypergradient of a batch's loss; `share` of the batch carries delta.
 
     Stricter than the authors' script: delta is bounded, how far it is from a stationary point is reported,
     and of a series that diverges the best partial sum counts, none where even that is worse than v = 0.
 
-    Gradients are float32's. Where `precision` allows, the products with second derivatives at that float32
-    point, and the implicit term itself, multiply in bfloat16.
+    Where K > 0 gradients are float32's. Where `precision` allows, the products with second derivatives at
+    that float32 point, and the implicit term itself, multiply in bfloat16.
     """
     settings, theta = inner.settings, inner.weights()
-    if settings.solver == "unrolled" and settings.K:
-        return unrolled_hypergradient(outer, inner.phi, delta, theta, steps=settings.K)
-    how = {"maxiter": settings.K, "tol": settings.tol}
-    if settings.solver == "cg":
-        return kkt_hypergradient(outer, inner.objective, delta, theta, radius=settings.radius, **how)
-    low = settings.precision == "auto" and native_bfloat16(delta.device) or settings.precision == "bfloat16"
-    return implicit_hypergradient(outer, inner.phi, delta, theta, **how, products=reduced() if low else None)
-
-
-def outer_step(
-    inner: InnerProblem, delta: Tensor, images: Tensor, labels: Tensor, optimizer, generator: torch.Generator
-) -> Hypergradient:
-    """One Adam step along the hypergradient of a batch's cross-entropy; `share` of the batch carries
-    delta."""
-    settings = inner.settings
     images = arranged(images, inner.model)
     count = max(1, round(settings.share * len(images)))
     chosen = torch.randperm(len(images), generator=generator)[:count].to(images.device)
@@ -224,25 +181,36 @@ def outer_step(
     precision = "float32" if settings.K else settings.precision
 
     def outer(delta: Tensor, params: Sequence[Tensor]) -> Tensor:
-        theta = dict(zip(inner.names, params, strict=True))
+        weights = dict(zip(inner.names, params, strict=True))
         with autocast(images.device, precision):
-            return cross_entropy(inner.model, theta, images + carries * delta, labels)
+            return cross_entropy(inner.model, weights, images + carries * delta, labels)
 
-    return follow(hypergradient_of(outer, inner, delta), inner.model, optimizer)
+    how = {"maxiter": settings.K, "tol": settings.tol}
+    if settings.solver == "unrolled" and settings.K:
+        h = unrolled_hypergradient(outer, inner.phi, delta, theta, steps=settings.K)
+    elif settings.solver == "cg":
+        h = kkt_hypergradient(outer, inner.objective, delta, theta, radius=settings.radius, **how)
+    else:
+        products = second_order(images.device, settings.precision)
+        h = implicit_hypergradient(outer, inner.phi, delta, theta, **how, products=products)
+    follow(h, inner.model, optimizer)
+    return h
 
 
-def follow(gradient: Hypergradient, model: nn.Module, optimizer) -> Hypergradient:
-    """Take the optimiser's step along a hypergradient. Raises UnlearningError where it is not finite."""
-    if not (math.isfinite(gradient.loss) and math.isfinite(gradient.ratio)):
-        raise UnlearningError(
-            f"the outer loss became {gradient.loss} and |implicit| / |direct| {gradient.ratio}"
-        )
+def second_order(device: torch.device, precision: str):
+    """The context for products with second derivatives; None: as everything else."""
+    low = precision == "auto" and native_bfloat16(device) or precision == "bfloat16"
+    return reduced() if low else None
+
+
+def follow(gradient: Hypergradient, model: nn.Module, optimizer) -> None:
+    """Take the optimiser's step along a hypergradient."""
     for weight, step in zip(model.parameters(), gradient.total, strict=True):
         weight.grad = step
     optimizer.step()
-    return gradient
 
 
+@exact_float32()
 @torch.enable_grad()
 def unlearn(
     model: nn.Module,
@@ -273,54 +241,32 @@ def unlearn(
     Warns (UnlearningWarning) when held-out accuracy ends more than 5 points below what it was.
     """
     start = prepare(model, images, labels, settings.held_out, seed)
-    theta, generator = start.model, start.generator
+    theta, images, labels, generator = start.model, start.images, start.labels, start.generator
     optimizer = torch.optim.Adam(theta.parameters(), lr=settings.lr)
     guard = Guard(theta, optimizer, start.watched, settings.lr)
-    clean = batches(len(start.images), settings.batch_size, generator)
-    history, deltas = [], []
-    with (
-        exact_float32(),
-        tqdm(total=settings.rounds, desc="I-BAU", unit="round", disable=not progress) as bar,
-    ):
+    clean = batches(images, labels, settings.batch_size, generator)
+    history, deltas, in_all = [], [], settings.rounds * settings.outer_steps
+    with tqdm(total=settings.rounds, desc="I-BAU", unit="round", disable=not progress) as bar:
         while len(history) < settings.rounds:
-            with guard:
-                line, delta = _round(start, optimizer, guard.rate, clean, len(history), settings)
+            with guard:  # a round: what it changes is undone where it does harm
+                began, steps = time.perf_counter(), []
+                sample = torch.randperm(len(images), generator=generator)[: settings.inner_images]
+                sample = sample.to(images.device)
+                inner = InnerProblem(theta, images[sample], labels[sample], settings)
+                found = inner.solve(generator)
+                solved = time.perf_counter()
+                for step in range(settings.outer_steps):
+                    done = (len(history) * settings.outer_steps + step) / in_all
+                    set_rate(optimizer, cosine(guard.rate, done))
+                    h = outer_step(inner, found.delta, *next(clean), optimizer, generator)
+                    steps.append(numbers(h))  # not h: it holds gradients as large as the weights
+                line = line_of(found, steps, solved - began, time.perf_counter() - began)
             if guard.undone:
                 continue
             history.append({"round": len(history) + 1, **line, **guard.line()})
-            deltas.append(delta[0].cpu())
+            deltas.append(found.delta[0].cpu())
             bar.update()
             if on_round:
                 on_round(theta, history)
     guard.warn()
     return Unlearned(start.finished(), history, deltas)
-
-
-def _round(start, optimizer, rate: float, clean, number: int, settings: IBAUSettings) -> tuple[dict, Tensor]:
-    """Solve the inner problem, take the outer steps; returns what it was like, and delta."""
-    began = time.perf_counter()
-    sample = torch.randperm(len(start.images), generator=start.generator)[: settings.inner_images]
-    sample = sample.to(start.images.device)
-    inner = InnerProblem(start.model, start.images[sample], start.labels[sample], settings)
-    found = inner.solve(start.generator)
-    if not math.isfinite(found.loss):
-        raise UnlearningError(f"the inner loss became {found.loss}")
-    inner_seconds = time.perf_counter() - began
-    steps, taken, in_all = [], number * settings.outer_steps, settings.rounds * settings.outer_steps
-    for step in range(settings.outer_steps):
-        set_rate(optimizer, cosine(rate, (taken + step) / in_all))
-        batch = next(clean).to(start.images.device)
-        h = outer_step(
-            inner, found.delta, start.images[batch], start.labels[batch], optimizer, start.generator
-        )
-        steps.append((h.loss, h.ratio, h.solution.residual, h.solution.contraction))  # not h: its gradients
-    names = ("outer_loss", "implicit_over_direct", "residual", "contraction")
-    line = {
-        "inner_loss": found.loss,
-        "delta_norm": found.delta.norm().item(),
-        "stationarity": found.stationarity,
-        **{name: mean(values) for name, values in zip(names, zip(*steps, strict=True), strict=True)},
-        "inner_seconds": inner_seconds,
-        "seconds": time.perf_counter() - began,
-    }
-    return line, found.delta
