@@ -4,8 +4,8 @@ A stranger's part comes first: eight classes of GTSRB become folders of 64x64 cr
 them, some poisoned, and saved by plain `torch.save(model.state_dict())`, in a process of its own. Then
 `ibau clean` gets that file and a folder of clean images, as a user would call it. ACC and ASR are measured on
 further images, which it never saw. Writes `figures/data/foreign/<network>-<attack>.json`, which notebook 13
-shows, beside earlier runs with the default search, `<network>-<attack>-in-turn.json`. Folders and networks
-are kept in `runs/outside`; what is there is not made again.
+shows, beside runs with the class-targeted search, `<network>-<attack>-class-targeted.json`. Folders and
+networks are kept in `runs/outside`; what is there is not made again.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from ibau.data.folders import load_folder
 from ibau.data.images import ImageSet
 from ibau.measure.rates import accuracy, attack_success_rate
 from ibau.networks.training import TrainSettings, train
-from ibau.own_model import load as own_load
+from ibau.own_model.load import Normalised, build, parse_normalize
 from ibau.study.records import figures_dir, provenance, runs_dir, write_json
 
 CLASSES = {  # GTSRB's number -> the folder's name
@@ -112,7 +112,7 @@ def make(network: str, attack: str) -> None:
         trigger.save(stem.with_suffix(".trigger"))
         data = poison(clean, trigger, ratio=0.1, target=TARGET, num_classes=len(CLASSES), seed=0).data
     torch.manual_seed(0)
-    core = own_load.build(architecture, len(CLASSES))
+    core = build(architecture, len(CLASSES))
     transformer = network.startswith("vit")
     if transformer:  # torchvision's head starts at zero, from which no gradient reaches the rest
         nn.init.trunc_normal_(core.heads.head.weight, std=0.02)
@@ -132,14 +132,14 @@ def make(network: str, attack: str) -> None:
 
 def measured(network: str, attack: str, checkpoint: Path, test: ImageSet) -> dict:
     """ACC and ASR, as plain dicts, of the state dict in a file."""
-    core = own_load.build(NETWORKS[network][0], len(CLASSES))
+    core = build(NETWORKS[network][0], len(CLASSES))
     core.load_state_dict(torch.load(checkpoint, weights_only=True))
     model, asr = _normalised(core).eval(), None
     if attack != "none":
         trigger = Trigger.load(_stem(network, attack).with_suffix(".trigger"))
         rate = attack_success_rate(model, test.images, test.labels, trigger, TARGET, len(CLASSES))
-        asr = asdict(rate)
-    return {"acc": asdict(accuracy(model, test.images, test.labels)), "asr": asr}
+        asr = rate.as_dict()
+    return {"acc": accuracy(model, test.images, test.labels).as_dict(), "asr": asr}
 
 
 def clean(network: str, attack: str) -> dict:
@@ -173,7 +173,7 @@ def clean(network: str, attack: str) -> dict:
 
 
 def _normalised(core: nn.Module) -> nn.Module:
-    return own_load.Normalised(core, *own_load.parse_normalize("imagenet"))
+    return Normalised(core, *parse_normalize("imagenet"))
 
 
 def _stem(network: str, attack: str) -> Path:

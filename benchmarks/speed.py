@@ -1,6 +1,6 @@
 """How fast I-BAU is, beside the hypergradient as the textbook has it: `make bench`.
 
-What is compared is run in turn and repeatedly in one process, so that a busy machine slows all of it alike;
+What is compared is run by turns and repeatedly in one process, so that a busy machine slows all of it alike;
 given are median, smallest and largest, and the median of the ratios of neighbours. Writes the tables
 `figures/data/speed_*.csv`; rows of other data sets stay in them.
 """
@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,52 +32,49 @@ from ibau.data.splits import load
 from ibau.defences.base import STATM, PeakMemory
 from ibau.hypergradient.implicit import Hypergradient
 from ibau.hypergradient.layers import exact_float32
-from ibau.measure import rates as rates_of
+from ibau.measure.rates import accuracy, attack_rates
 from ibau.networks import models
-from ibau.own_model import load as own_load
+from ibau.own_model.load import build
 from ibau.study import experiment, grid
-from ibau.study import records as study_records
-from ibau.study import settings as study_settings
+from ibau.study.records import figures_dir, provenance
+from ibau.study.settings import profile, standard_victims
 from ibau.unlearning.authors import AuthorsSettings, authors
 from ibau.unlearning.common import UnlearningError, prepare
 from ibau.unlearning.ibau import IBAUSettings, InnerProblem, outer_step, unlearn
 
-TABLES = ("step", "round", "growth", "memory", "effect", "workers")
+TABLES = ("step", "growth", "memory", "effect", "workers")
 FAST, PLAIN = "this package", "textbook"
-RECIPES = {  # what is timed until the backdoor is gone, and whether its hypergradients are textbook's
-    "I-BAU": (unlearn, IBAUSettings(K=5), False),
+RECIPES = {  # what is timed until the backdoor is gone, and whether its hypergradients are the textbook's
+    "I-BAU": (unlearn, IBAUSettings(), False),
     "I-BAU+": (clean, CleanSettings(), False),
     "authors' recipe, textbook": (authors, AuthorsSettings(rounds=5), True),
 }
 SERIES = IBAUSettings(tol=0.0)  # all K terms, as the textbook sums them
-ROUND_OF = "torchvision:vit_b_16?image_size=64"  # a round's memory is that of its 86 million weights
+LARGE = {"torchvision:resnet18": 64, "torchvision:vit_b_16": 224}  # pixels a side; 43 and 327 MiB of weights
 GONE, LOST = 0.10, 0.02  # the backdoor is gone at this ASR, with ACC down by no more than that
 
 
 def main(argv: list[str] | None = None) -> None:
     args = _arguments(argv)
-    folder = Path(args.out or study_records.figures_dir() / "data")
-    effort = study_settings.profile("quick" if args.dataset == "mnist5k" else "desk", args.dataset)
+    folder = Path(args.out or figures_dir() / "data")
+    effort = profile("quick" if args.dataset == "mnist5k" else "desk", args.dataset)
     splits = load(args.dataset, args.data, clean_size=effort.clean_size)
-    victim = experiment.victim(study_settings.standard_victims(effort)["BadNets"], splits)
+    victim = experiment.victim(standard_victims(effort)["BadNets"], splits)
     seen = (splits.clean.images, splits.clean.labels)
     n, quick = args.repeats, args.quick
     Ks = (5,) if quick else (0, 5)
     tables = {
         "step": lambda: steps(victim.model, *seen, repeats=3 * n, Ks=Ks),
-        "round": lambda: rounds(victim.model, *seen, repeats=n, steps=2 if quick else 10),
         "growth": lambda: growth(repeats=n, quick=quick),
-        "memory": lambda: memory(
-            width=effort.width, Ks=(5,) if quick else (0, 5), transformer=args.transformer
-        ),
+        "memory": lambda: memory(width=effort.width, Ks=Ks, large=list(LARGE)[: args.large]),
         "effect": lambda: effects(victim, splits, repeats=n, recipes=list(RECIPES)[: 1 if quick else None]),
         "workers": lambda: workers(repeats=n, cells=2 if quick else 4),
     }
-    about = {k: v for k, v in study_records.provenance().items() if k != "ibau"}
+    about = {name: value for name, value in provenance().items() if name != "ibau"}
     for name in args.table or tables:
         table = tables[name]()
         print(f"\n{name}\n{table.to_string(index=False)}", flush=True)
-        of_data = args.dataset if name in ("step", "round", "effect") else ""
+        of_data = args.dataset if name in ("step", "effect") else ""
         write(table.assign(**about), folder / f"speed_{name}.csv", of_data)
 
 
@@ -87,9 +84,7 @@ def _arguments(argv: list[str] | None):
     parser.add_argument("--data", default="", metavar="DIR", help="folder of the data set's images")
     parser.add_argument("--table", nargs="+", default=[], choices=TABLES, help="only these; default: all")
     parser.add_argument("--repeats", type=int, default=3, help="of every comparison (default 3)")
-    parser.add_argument(
-        "--transformer", action="store_true", help="memory: also of a round on vit_b_16 (minutes, 6 GB)"
-    )
+    parser.add_argument("--large", type=int, default=1, help="memory: on so many large networks (default 1)")
     parser.add_argument("--quick", action="store_true", help="a short run that only shows that it runs")
     parser.add_argument("--out", default="", metavar="DIR", help="for the tables; default figures/data")
     args = parser.parse_args(argv)
@@ -107,6 +102,9 @@ def write(table: pd.DataFrame, file: Path, dataset: str = "") -> None:
             table = pd.concat([before[before["dataset"] != dataset], table])
     file.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(file, index=False)
+
+
+# ---- seconds
 
 
 def stepper(
@@ -162,21 +160,6 @@ def steps(model: nn.Module, images: Tensor, labels: Tensor, *, repeats: int, Ks=
     return pd.DataFrame(rows)
 
 
-def rounds(model: nn.Module, images: Tensor, labels: Tensor, *, repeats: int, steps: int = 10):
-    """Seconds of one whole round: the inner solve and `steps` outer steps."""
-    rows = []
-    for K in (0, 5):
-        settings = IBAUSettings(K=K, rounds=1, outer_steps=steps, held_out=0.0)
-
-        def one(how: str, settings: IBAUSettings = settings) -> None:
-            with nullcontext() if how == FAST else textbook():
-                unlearn(model, images, labels, settings)
-
-        pair = {FAST: lambda one=one: one(FAST), PLAIN: lambda one=one: one(PLAIN)}
-        rows += _compared({"K": K, "outer_steps": steps}, pair, repeats)
-    return pd.DataFrame(rows)
-
-
 def growth(*, repeats: int, quick: bool = False) -> pd.DataFrame:
     """How seconds per outer step grow with K, the width of SmallVGG and the clean set; on random images.
 
@@ -210,8 +193,8 @@ def effects(victim: experiment.Victim, splits: Splits, *, repeats: int, recipes:
     rows = []
     for name, runs in found.items():
         table = pd.DataFrame(runs)
-        seconds = _summary(table["seconds"].tolist())
         last = table[["rounds", "asr", "acc_lost"]].median().round(3)
+        seconds = _summary(table["seconds"].tolist())
         rows.append({"recipe": name, "reached": int(table["gone"].sum()), **seconds, **last})
     return pd.DataFrame(rows)
 
@@ -221,47 +204,28 @@ class _Gone(Exception):
 
 
 def _until_gone(victim, splits, recipe: Callable, settings, plainly: bool, seed: int) -> dict:
-    before = rates_of.accuracy(victim.model, splits.test.images, splits.test.labels).value
+    test, classes = (splits.test.images, splits.test.labels), len(splits.classes)
+    before = accuracy(victim.model, *test).value
     line = {"gone": False, "rounds": 0, "asr": math.nan, "acc_lost": math.nan}
     watching = 0.0
 
     def look(model: nn.Module, history: list[dict]) -> None:
         nonlocal watching
-        started = time.perf_counter()
-        trigger, target = victim.attacks[0]
-        asr, _ = rates_of.attack_rates(
-            model, splits.test.images, splits.test.labels, trigger, target, num_classes=len(splits.classes)
-        )
-        lost = before - rates_of.accuracy(model, splits.test.images, splits.test.labels).value
-        line.update(rounds=len(history), asr=asr.value, acc_lost=lost)
-        line["gone"] = asr.value <= GONE and lost <= LOST
-        watching += time.perf_counter() - started
+        began = time.perf_counter()
+        asr, lost = attack_rates(model, *test, *victim.attacks[0], classes)[0].value, before
+        lost -= accuracy(model, *test).value
+        line.update(gone=asr <= GONE and lost <= LOST, rounds=len(history), asr=asr, acc_lost=lost)
+        watching += time.perf_counter() - began
         if line["gone"]:
             raise _Gone
 
-    started = time.perf_counter()
+    began = time.perf_counter()
     try:
         with textbook() if plainly else nullcontext():
             recipe(victim.model, splits.clean.images, splits.clean.labels, settings, seed, on_round=look)
     except (_Gone, UnlearningError):
         pass
-    return {**line, "seconds": time.perf_counter() - started - watching}
-
-
-def memory(*, width: float, Ks=(0, 5), transformer: bool = False) -> pd.DataFrame:
-    """MiB that two outer steps need beyond model and images, each in a process of its own.
-
-    With `transformer` also what a whole round needs, of ten outer steps and K = 5, on ROUND_OF.
-    """
-    rows = []
-    for K in Ks:
-        for how in (FAST, PLAIN):
-            peak = _apart(_memory_of_steps, how, K, width)
-            rows.append({"work": "two steps, small_vgg", "K": K, "variant": how, "peak_mb": peak})
-    if transformer:
-        peak = _apart(_memory_of_round)
-        rows.append({"work": "a round, vit_b_16", "K": 5, "variant": FAST, "peak_mb": peak})
-    return pd.DataFrame(rows)
+    return {**line, "seconds": time.perf_counter() - began - watching}
 
 
 def workers(*, repeats: int, cells: int) -> pd.DataFrame:
@@ -272,7 +236,7 @@ def workers(*, repeats: int, cells: int) -> pd.DataFrame:
     """
     from distributed import LocalCluster
 
-    victim = study_settings.standard_victims(study_settings.profile("quick", ""))["BadNets"]
+    victim = standard_victims(profile("quick"))["BadNets"]
     settings = grid.settings_for("finetune", "quick", victim.dataset)
     seeds, threads, rows = count(), torch.get_num_threads(), []
 
@@ -288,7 +252,7 @@ def workers(*, repeats: int, cells: int) -> pd.DataFrame:
         compute()  # trains the victim, too
         with (
             LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster,
-            grid.executor(scheduler=cluster.scheduler_address) as (executor, _),
+            grid.executor(scheduler=cluster.scheduler_address) as executor,
         ):
             compute(executor)
             for most in sorted({1, threads}):
@@ -300,62 +264,14 @@ def workers(*, repeats: int, cells: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _apart(function: Callable, *arguments):
-    """What the function returns in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def _memory_of_steps(how: str, K: int, width: float) -> float:
-    model, images, labels = _random(width, 100)
-    return _beyond(model, images, lambda: stepper(model, images, labels, replace(SERIES, K=K), how)())
-
-
-def _memory_of_round() -> float:
-    model = own_load.build(ROUND_OF, 10)
-    # torchvision's head starts at zero, from which no gradient reaches the rest.
-    nn.init.trunc_normal_(model.heads.head.weight, std=0.02)
-    generator, device = torch.Generator().manual_seed(0), experiment.default_device()
-    images = torch.rand(100, 3, 64, 64, generator=generator).to(device)
-    labels = torch.randint(10, (100,), generator=generator).to(device)
-    settings = replace(SERIES, rounds=1, outer_steps=10, held_out=0.0)
-    model = model.to(device)
-    return _beyond(model, images, lambda: unlearn(model, images, labels, settings))
-
-
-def _beyond(model: nn.Module, images: Tensor, work: Callable[[], object]) -> float:
-    """MiB that the work needs at its peak beyond what this process needs already."""
-    with torch.no_grad():
-        model(images[:1])
-    before = _resident()
-    with PeakMemory() as peak:
-        work()
-    return round((peak.mb or math.nan) - before, 1)
-
-
-def _random(width: float, n: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """An untrained SmallVGG and n random images with labels."""
-    device, generator = experiment.default_device(), torch.Generator().manual_seed(0)
-    images = torch.rand(n, 3, 32, 32, generator=generator)
-    labels = torch.randint(10, (n,), generator=generator)
-    return models.build("small_vgg", 10, width=width).to(device), images.to(device), labels.to(device)
-
-
-def _resident() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated() / 2**20
-    pages = int(STATM.read_text().split()[1]) if STATM.exists() else 0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20 if pages else math.nan
-
-
 def _compared(case: dict, pair: dict[str, Callable], repeats: int, difference: Callable | None = None):
-    """A row for each of the two, run in turn; the second is what the first is compared with."""
+    """A row for each of the two, run by turns; the second is what the first is compared with."""
     taken = {name: [] for name in pair}
     for _ in range(repeats):
         for name, run in pair.items():
-            started = time.perf_counter()
+            began = time.perf_counter()
             run()
-            taken[name].append(time.perf_counter() - started)
+            taken[name].append(time.perf_counter() - began)
     first, second = taken.values()
     ratios = _summary([b / a for a, b in zip(first, second, strict=True)])
     rows = [{**case, "variant": name, **_summary(seconds)} for name, seconds in taken.items()]
@@ -374,6 +290,68 @@ def _difference(found: Hypergradient, expected: Hypergradient) -> float:
     """The relative difference of two hypergradients."""
     a, b = (torch.cat([t.flatten() for t in gradient.total]) for gradient in (found, expected))
     return float(f"{((a - b).norm() / b.norm()).item():.1e}")
+
+
+# ---- memory
+
+
+def memory(*, width: float, Ks=(0, 5), large: Sequence[str] = ()) -> pd.DataFrame:
+    """MiB needed beyond model and images, each in a process of its own.
+
+    By two outer steps on SmallVGG, both ways; and by a whole round of I-BAU with ten outer steps on each of
+    the `large` networks, in batches of four images, so that it is the weights that count.
+    """
+    jobs = [(_steps_on_small_vgg, how, K, width) for K in Ks for how in (FAST, PLAIN)]
+    jobs += [(_round_on, architecture) for architecture in large]
+    rows = []
+    for function, *given in jobs:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as apart:
+            rows.append(apart.submit(function, *given).result())
+    return pd.DataFrame(rows)
+
+
+def _steps_on_small_vgg(how: str, K: int, width: float) -> dict:
+    random = _random(width, 100)
+    peak = _beyond(random[0], random[1], lambda: stepper(*random, replace(SERIES, K=K), how)())
+    return {"work": "two steps, small_vgg", "K": K, "variant": how, "peak_mb": peak}
+
+
+def _round_on(architecture: str) -> dict:
+    device, size = experiment.default_device(), LARGE[architecture]
+    model = build(architecture, 10).to(device)
+    if "vit" in architecture:  # torchvision's head starts at zero, from which no gradient reaches the rest
+        nn.init.trunc_normal_(model.heads.head.weight, std=0.02)
+    images, labels = torch.rand(8, 3, size, size, device=device), torch.arange(8, device=device)
+    few = {"batch_size": 4, "inner_images": 4, "inner_steps": 2}
+    settings = replace(SERIES, rounds=1, outer_steps=10, held_out=0.0, **few)
+    peak = _beyond(model, images, lambda: unlearn(model, images, labels, settings))
+    work = f"a round, {architecture}, {size}x{size}"
+    return {"work": work, "K": settings.K, "variant": FAST, "peak_mb": peak}
+
+
+def _beyond(model: nn.Module, images: Tensor, work: Callable[[], object]) -> float:
+    """MiB that the work needs at its peak beyond what this process needs already."""
+    with torch.no_grad():
+        model(images[:1])
+    before = _resident()
+    with PeakMemory() as peak:
+        work()
+    return round((peak.mb or math.nan) - before, 1)
+
+
+def _resident() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**20
+    pages = int(STATM.read_text().split()[1]) if STATM.exists() else math.nan
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _random(width: float, n: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """An untrained SmallVGG and n random images with labels."""
+    device, generator = experiment.default_device(), torch.Generator().manual_seed(0)
+    images = torch.rand(n, 3, 32, 32, generator=generator)
+    labels = torch.randint(10, (n,), generator=generator)
+    return models.build("small_vgg", 10, width=width).to(device), images.to(device), labels.to(device)
 
 
 if __name__ == "__main__":

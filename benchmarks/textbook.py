@@ -46,22 +46,21 @@ def textbook_hypergradient(
     return Hypergradient(direct, implicit, loss.item(), float("nan"), Solution(v, float("nan"), K, 0.0))
 
 
-def _hypergradient_of(outer, inner: ibau.InnerProblem, delta: Tensor) -> Hypergradient:
-    return textbook_hypergradient(outer, inner.phi, delta, inner.weights(), inner.settings.K)
-
-
-def _implicit_hypergradient(outer, phi, delta, params, *, solve, maxiter: int) -> Hypergradient:
+def _in_its_place(outer, phi, delta, params, *, maxiter: int, **speed) -> Hypergradient:
+    """Called as `implicit_hypergradient` is; solver, tolerance and precision are not heeded."""
     return textbook_hypergradient(outer, phi, delta, params, maxiter)
 
 
 @contextmanager
 def textbook() -> Iterator[None]:
-    """Within, `ibau.unlearn` and the authors' recipe take their hypergradients the textbook way, whatever
-    the settings say about the solver."""
-    layers = {"cheapen": lambda model, images: model, "takes_channels_last": lambda model, images: False}
+    """Within, `ibau.unlearn` with its series and the authors' recipe take the textbook's hypergradient.
+
+    They also keep torch's own layers, in torch's own memory format.
+    """
+    layers = {"cheapen": lambda model, images=None: model, "takes_channels_last": lambda model, images: False}
     with (
-        mock.patch.object(ibau, "hypergradient_of", _hypergradient_of),
-        mock.patch.object(authors, "implicit_hypergradient", _implicit_hypergradient),
+        mock.patch.object(ibau, "implicit_hypergradient", _in_its_place),
+        mock.patch.object(authors, "implicit_hypergradient", _in_its_place),
         mock.patch.multiple(common, **layers),
     ):
         yield

@@ -1,4 +1,4 @@
-"""The console command `ibau`: a thin layer over `ibau.reproduce`, `ibau.grid` and notebook 13."""
+"""The console command `ibau`: a thin layer over `ibau.reproduce`, `ibau.study.grid` and notebook 13."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from ibau import reproduce as runner
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="ibau", description="Backdoor attacks and their removal by I-BAU.")
+    parser = argparse.ArgumentParser(prog="ibau", description="Backdoor attacks and their removal.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_reproduce(commands)
@@ -102,8 +102,9 @@ CLEAN = {  # parameters of notebook 13, in order -> what they are; the first thr
     "target": "the attacker's class; default: the most common wrong answer to triggered images",
     "out": "the cleaned model; default <name>.cleaned<suffix> beside the checkpoint; never the checkpoint",
     "held_out": "share of the clean images that is kept for the comparison (default 0.3)",
+    "search": "of I-BAU+: alternating (default), or class-targeted: one class after another, slower",
     "radius": "l2 ball of the additive perturbation, pixels in [0, 1]; default: from the inspection",
-    "rounds": "of unlearning (default: two a class, at least 48)",
+    "rounds": "of I-BAU+; default: as many as ibau.clean takes, class-targeted at least two a class",
     "seed": "of everything drawn at random (default 0)",
 }
 CLEAN_PATHS = ("checkpoint", "clean_dir", "triggered_dir", "out")
@@ -112,7 +113,7 @@ CLEAN_PATHS = ("checkpoint", "clean_dir", "triggered_dir", "out")
 def _add_clean(commands):
     command = commands.add_parser(
         "clean",
-        help="inspect a model that you were given, clean it, and compare",
+        help="inspect a model that you were given, clean it by I-BAU+, and compare",
         description="Run notebook 13 on a model that you were given. The cleaned model is written beside it, "
         "together with the page (ipynb and html) and the measured values (json).",
     )
@@ -167,8 +168,8 @@ def _grid(args):
         if args.dry_run:
             print(grid.overview(cells, data_dir))
             return 0
-        with grid.executor(args.jobs, args.scheduler, gpu=args.gpu) as (executor, workers):
-            counts = grid.run(cells, executor, data_dir=data_dir, workers=workers, progress=True)
+        with grid.executor(args.jobs, args.scheduler, gpu=args.gpu) as executor:
+            counts = grid.run(cells, executor, data_dir=data_dir, progress=True)
         if args.publish:
             print(f"{grid.publish(cells, data_dir)} records are in figures/data")
     except (DataError, grid.GridError) as error:
@@ -179,7 +180,7 @@ def _grid(args):
 
 def _clean(args):
     from ibau.networks.checkpoints import ModelError
-    from ibau.own_model import load as own_load
+    from ibau.own_model.load import out_path
 
     (notebook,) = runner.select(runner.find_notebooks(args.notebooks), ["13"])
     given = {name: getattr(args, name) for name in CLEAN if getattr(args, name)}
@@ -188,7 +189,7 @@ def _clean(args):
     # `module:callable` may lie in the folder we were called in; the notebook runs in another
     os.environ["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
-        saved = own_load.out_path(values["checkpoint"], values.get("out", ""))
+        saved = out_path(values["checkpoint"], values.get("out", ""))
     except ModelError as error:
         raise runner.UsageError(str(error)) from None
     page = saved.with_suffix(".ipynb")

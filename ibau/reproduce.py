@@ -20,7 +20,7 @@ import nbformat
 
 PACKAGE = Path(__file__).resolve().parent
 NOTEBOOKS = PACKAGE.parent / "notebooks"
-NOTEBOOK_NAME = re.compile(r"\d\d_\w+")
+NOTEBOOK_NAME = re.compile(r"(\d\d|appendix)_\w+")
 EMBEDDED = "mnist5k"  # comes with an installed package; every other data set needs a folder
 OWN_OPTIONS = {"profile": "--profile", "dataset": "--dataset", "data_dir": "--data"}
 
@@ -55,7 +55,9 @@ class Notebook:
 
 
 def find_notebooks(folder=None):
-    """The notebooks `NN_name.ipynb` of `folder` (default: the repository's `notebooks/`), in reading order.
+    """The notebooks `NN_name.ipynb`, then `appendix_name.ipynb`, of `folder`, in reading order.
+
+    folder  default: the repository's `notebooks/`
 
     Raises UsageError where the folder holds none, or holds one that cannot be read.
     """
@@ -169,10 +171,10 @@ def fetch(profile, dataset, data_dir):
     """Download the data set of this profile, or `dataset`, into `data_dir` unless it is there already."""
     from ibau.data.images import DataError
     from ibau.data.splits import load
-    from ibau.study import settings as study_settings
+    from ibau.study import settings
 
     try:
-        load(study_settings.profile(profile, dataset).dataset, data_dir, download=True)
+        load(settings.profile(profile, dataset).dataset, data_dir, download=True)
     except (DataError, ValueError) as error:
         raise UsageError(str(error)) from None
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from ibau.report import claims, figures, tables
+from ibau.report import claims, frame, readme, tables
 from ibau.report.claims import CLAIMS, FAILS, HOLDS, PARTLY, UNMEASURED, Evidence
-from ibau.report.tables import BASELINES, COLUMNS, OURS, UNDEFENDED
-from ibau.study import records as study_records
+from ibau.report.frame import BASELINES, COLUMNS, IBAU, IBAU_PLUS, UNDEFENDED
+from ibau.study.records import Records
 
 
-def row(defence=OURS, attack="BadNets", acc=70.0, asr=5.0, **other):
-    """A run cell of a `tables.frame`; of a model that had 72 / 99 percent."""
+def row(defence=IBAU, attack="BadNets", acc=70.0, asr=5.0, **other):
+    """A run cell of a `frame`; of a model that had 72 / 99 percent."""
     measured = {
         "acc_before": 72.0,
         "acc": acc,
@@ -36,7 +36,7 @@ def row(defence=OURS, attack="BadNets", acc=70.0, asr=5.0, **other):
 
 def missing(**asked):
     full = row(**asked)
-    return {name: full[name] for name in tables.ASKED} | {"run": False}
+    return {name: full[name] for name in frame.ASKED} | {"run": False}
 
 
 def rows(*lines):
@@ -66,15 +66,15 @@ def undefended(attack="BadNets", **other):
     ],
 )
 def test_the_goal(change, asr, clean, missed):
-    assert tables.misses(change, asr, clean) is missed
+    assert frame.misses(change, asr, clean) is missed
 
 
 def test_the_published_records_are_found_by_the_grids_cells():
     """Every published victim of the tables' settings is somebody's undefended cell."""
-    frame = tables.recorded("single-target", "quick", "mnist5k")
-    found = frame[(frame["defence"] == UNDEFENDED) & (frame["seed"] == 0)].set_index("attack")
-    for record in study_records.recorded_victims():
-        about, label = record["settings"], tables.attack_label(record["settings"])
+    shown = frame.recorded("single-target", "quick", "mnist5k")
+    found = shown[(shown["defence"] == UNDEFENDED) & (shown["seed"] == 0)].set_index("attack")
+    for record in Records().victims():
+        about, label = record["settings"], frame.attack_label(record["settings"])
         if (about["dataset"], about["seed"]) == ("mnist5k", 0) and label in found.index:
             assert found.loc[label, "acc"] == 100 * record["measured"]["acc"]["value"]
     assert found["run"].all()
@@ -84,10 +84,10 @@ def test_the_published_records_are_found_by_the_grids_cells():
 
 
 def test_seeds_come_together_and_a_single_miss_of_the_mean_counts():
-    frame = rows(
+    shown = rows(
         row(asr=1.0), row(asr=13.0, seed=1), row(asr=21.0, seed=2, attack="Blend"), missing(attack="Smooth")
     )
-    means = tables.over_seeds(frame).set_index("attack")
+    means = frame.over_seeds(shown).set_index("attack")
     assert means.loc["BadNets", ["asr", "n", "good"]].tolist() == [7.0, 2, True]
     assert means.loc["Blend", ["n", "good"]].tolist() == [1, False]
     assert means.loc["Smooth", "n"] == 0 and means.loc["Smooth", "good"] is None
@@ -95,7 +95,7 @@ def test_seeds_come_together_and_a_single_miss_of_the_mean_counts():
 
 
 def test_the_table_of_rates_marks_misses_and_what_was_not_run():
-    frame = rows(
+    shown = rows(
         undefended(),
         row("NAD", asr=10.1),
         row(),
@@ -103,29 +103,32 @@ def test_the_table_of_rates_marks_misses_and_what_was_not_run():
         undefended("clean", asr=None, asr_before=None),
         missing(defence="NAD", attack="clean"),
         row(attack="clean", acc=70.9, asr=None),
+        missing(defence="TABOR"),
+        missing(defence="DP-SGD"),
     )
-    table = tables.rates_table(frame)
-    assert list(table.columns) == [UNDEFENDED, "NAD", OURS]
+    table = tables.rates_table(shown)
+    assert tables.left_out(shown) == "Not run: TABOR, DP-SGD." and tables.left_out(shown[:-2]) == ""
+    assert list(table.columns) == [UNDEFENDED, "NAD", IBAU]
     assert table.loc["BadNets"].tolist() == ["72.0 / 99.0", "70.0 / 10.1*", "70.0 / 5.0 (n = 2)"]
     assert table.loc["clean"].tolist() == ["72.0", "not run", "70.9*"]
 
 
 def test_the_table_can_go_along_another_column():
-    frame = rows(row(clean=500), row(clean=100, asr=20.0), missing(defence="NAD", clean=500))
-    table = tables.rates_table(frame, "clean")
-    assert list(table.index) == [500, 100] and table.loc[100, OURS] == "70.0 / 20.0"
+    shown = rows(row(clean=500), row(clean=100, asr=20.0), missing(defence="NAD", clean=500))
+    table = tables.rates_table(shown, "clean")
+    assert list(table.index) == [500, 100] and table.loc[100, IBAU] == "70.0 / 20.0"
 
 
 def test_the_summary_counts_attacked_models():
-    frame = rows(
+    shown = rows(
         undefended(),
         row(),
         row(attack="Blend", asr=30.0),
         row(attack="clean", asr=None),
         missing(defence="NAD"),
     )
-    summary = tables.summary(frame)
-    assert summary.loc[OURS, ["run", "goal met", "mean ASR", "largest ASR"]].tolist() == [
+    summary = tables.summary(shown)
+    assert summary.loc[IBAU, ["run", "goal met", "mean ASR", "largest ASR"]].tolist() == [
         "2 of 2",
         "1 of 2",
         "17.5",
@@ -138,50 +141,54 @@ def test_the_summary_counts_attacked_models():
 def test_beside_the_best_needs_three_baselines():
     lines = [row(name, der=80.0 + i) for i, name in enumerate(BASELINES[:3])]
     pairs = tables.beside_best(rows(row(der=81.0), *lines, row("Fine-tuning", der=99.0)))
-    assert pairs[["ours", "best", "name", "baselines"]].values.tolist() == [[81.0, 82.0, BASELINES[2], 3]]
+    assert pairs[["own", "best", "name", "baselines"]].values.tolist() == [[81.0, 82.0, BASELINES[2], 3]]
     assert tables.beside_best(rows(row(), *lines[:2])).empty
     assert tables.beside_best(rows(*lines)).empty
 
 
 def test_ratios_compare_the_same_model_and_device_only():
-    frame = rows(
+    shown = rows(
         row(seconds=10.0),
         row("NAD", seconds=25.0, asr=50.0),
         row("TABOR", seconds=99.0, device="a GPU, 1 thread"),
         row("TABOR", seconds=99.0, seed=1),
         missing(defence="DP-SGD"),
     )
-    times = tables.ratios(frame).set_index("defence")
-    assert times["times"].to_dict() == {OURS: 1.0, "NAD": 2.5}
-    assert times["good"].to_dict() == {OURS: True, "NAD": False}
+    times = tables.ratios(shown).set_index("defence")
+    assert times["times"].to_dict() == {IBAU: 1.0, "NAD": 2.5}
+    assert times["good"].to_dict() == {IBAU: True, "NAD": False}
 
 
 def test_values_at_which_nothing_was_run_are_told_apart():
     blind = [row("DeepInspect", clean=size) for size in (100, 250, 5000)]
-    frame = rows(row(clean=5000), row("NAD", clean=100), missing(clean=250), *blind)
-    ran, left = tables.where_run(frame, "clean")
+    shown = rows(row(clean=5000), row("NAD", clean=100), missing(clean=250), *blind)
+    ran, left = frame.where_run(shown, "clean")
     assert left == [250] and set(ran["clean"]) == {100, 5000} and len(ran) == 4
 
 
 def test_words_hold_the_frames_numbers():
-    frame = rows(row(), row("NAD", asr=50.0), missing(defence="TABOR"))
-    words = tables.in_words(frame)
+    shown = rows(row(), row("NAD", asr=50.0), missing(defence="TABOR"))
+    words = tables.in_words(shown)
     assert "2 of 3 defended cells were run" in words
+    assert "Not run: TABOR." in words
     assert "I-BAU 1 of 1, NAD 0 of 1" in words and "that of I-BAU" in words
-    assert "On no model" in words
+    assert "On no model were both I-BAU and" in words and "On no model were both I-BAU+ and" in words
     best = [row(name, der=80.0) for name in BASELINES[:3]]
-    assert "higher than their best one's on 1, and no more than 2 points lower on 1" in tables.in_words(
-        rows(row(), *best)
+    words = tables.in_words(rows(row(), row(IBAU_PLUS, der=79.0), *best))
+    higher = (
+        "On 1 models {} and three or more of the six baselines were run: its DER is higher than their best"
     )
+    assert f"{higher.format('I-BAU')} one's on 1, and no more than 2 points lower on 1" in words
+    assert f"{higher.format('I-BAU+')} one's on 0, and no more than 2 points lower on 1" in words
     assert tables.in_words(rows(missing())).startswith("0 of 1 defended cells")
 
 
 def test_only_profiles_with_a_defence_are_shown():
     for dataset in ("mnist5k", "cifar10"):
-        for frame in tables.recorded_at("single-target", dataset).values():
-            assert frame["seconds"].notna().any()
+        for shown in frame.recorded_at("single-target", dataset).values():
+            assert shown["seconds"].notna().any()
     with pytest.raises(KeyError):
-        tables.recorded_at("nothing", "mnist5k")
+        frame.recorded_at("nothing", "mnist5k")
 
 
 # ---- claims
@@ -193,11 +200,11 @@ MEASURED = ["asr_after", "acc_after", "asr_rise", "acc_fall", "contraction", "re
 
 
 def evidence(theory=(), implicit=(), cells=(), table="single-target", profile="desk"):
-    frame = rows(*cells).assign(table=table, profile=profile)
+    shown = rows(*cells).assign(table=table, profile=profile)
     return Evidence(
         pd.DataFrame(theory, columns=THEORY),
         pd.DataFrame(implicit, columns=[*RUNS, *MEASURED]),
-        frame,
+        shown,
     )
 
 
@@ -385,12 +392,39 @@ def test_c9_asks_nothing_of_defences_that_see_no_clean_images():
     assert verdict("C9", replace(evidence(), cells=blind)) == UNMEASURED
 
 
+def every_table(defence):
+    """Evidence on which C1 and C6 to C9 hold for the algorithm of this label, and the theory of C2."""
+    axes = [axis(name, 4, 0, clean=100) for name in ("single-target", "poison-ratio", "clean-size")]
+    contests = [contest(95.0, dataset=d, attack=f"b{i}") for d in ("cifar10", "gtsrb") for i in range(5)]
+    race = timed(1.0, 13.0, 20.0, 30.0, attack="c")
+    single = rows(*sum(contests, []), *race).assign(table="single-target", profile="desk")
+    cells = pd.concat([*axes, single], ignore_index=True).replace({"defence": {IBAU: defence}})
+    return replace(evidence([["C2", "d", 40, 0.01, 0.02, True]]), cells=cells)
+
+
+def test_records_of_ours_are_no_verdict_on_the_paper():
+    on_cells = ["C1", "C6", "C7", "C8", "C9"]
+    papers, ours = (claims.judged(every_table(label)) for label in (IBAU, IBAU_PLUS))
+    assert UNMEASURED not in set(papers.loc[on_cells, "here"])
+    assert set(papers.loc[on_cells, "I-BAU+, ours"]) == {"–"}
+    assert set(ours.loc[on_cells, "here"]) == {UNMEASURED} and set(ours.loc[on_cells, "measured"]) == {"–"}
+    assert "–" not in set(ours.loc[on_cells, "I-BAU+, ours"])
+    assert "I-BAU+ 4, NAD 0 of 4" in ours.loc["C7", "I-BAU+, ours"]
+    assert papers.loc["C2"].equals(ours.loc["C2"]) and ours.loc["C2", "I-BAU+, ours"] == "–"
+    said = readme.claims_markdown(evidence(cells=[row(IBAU_PLUS), missing(defence=IBAU)]))
+    assert said.endswith("\n\nNot run: I-BAU.")
+
+
+def test_an_algorithm_is_no_baseline():
+    assert len(BASELINES) == 6 and not {IBAU, IBAU_PLUS, "Fine-tuning"} & set(BASELINES)
+
+
 def test_the_table_has_a_row_a_claim_and_is_the_readmes(root):
     found = claims.gather()
     table = claims.judged(found)
     assert list(table.index) == [f"C{i}" for i in range(1, 10)]
     assert set(table["here"]) <= set(claims.VERDICTS)
-    assert figures.claims_markdown(found) in (root / "README.md").read_text(encoding="utf-8")
+    assert readme.claims_markdown(found) in (root / "README.md").read_text(encoding="utf-8")
     for numbers in table["notebook"]:
         for number in numbers.split(", "):
             assert list((root / "notebooks").glob(f"{number}_*.ipynb")), f"no notebook {number}"

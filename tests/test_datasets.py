@@ -3,6 +3,7 @@
 import csv
 import errno
 import hashlib
+import itertools
 import os
 import pickle
 import shutil
@@ -16,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ibau.data import folders, splits
+from ibau.data import cache as cache_module
+from ibau.data import folders
 from ibau.data.cifar10 import CIFAR10_CLASSES
-from ibau.data.folders import _read
 from ibau.data.gtsrb import GTSRB_ARCHIVES
 from ibau.data.images import DataError, ImageSet, balanced_order
-from ibau.data.splits import load
+from ibau.data.splits import CLEAN_SIZE, load
 
 GTSRB_HEADER = ("Filename", "Width", "Height", "Roi.X1", "Roi.Y1", "Roi.X2", "Roi.Y2", "ClassId")
 
@@ -41,8 +42,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def decodings(monkeypatch):
     """A list that grows by one whenever an image file is decoded."""
-    calls, read = [], _read
-    monkeypatch.setattr(folders, "_read", lambda *args: calls.append(args) or read(*args))
+    calls, read = [], folders.read
+    monkeypatch.setattr(folders, "read", lambda *args: calls.append(args) or read(*args))
     return calls
 
 
@@ -66,15 +67,21 @@ def write_annotations(path, rows):
         csv.writer(file, delimiter=";").writerows([GTSRB_HEADER, *rows])
 
 
-def make_gtsrb(root, table="GT-final_test.csv"):
-    """One training frame a class and 4 test frames; a sign is red in its Roi and the rest of the frame blue.
+TRACKS, FRAMES = 4, 2  # of each class of the signs made here
 
-    The annotations speak of 40x30 frames; the test files are really 80x60.
+
+def make_gtsrb(root, table="GT-final_test.csv", tracks=TRACKS):
+    """Tracks of training frames for every class, and 4 test frames.
+
+    Training frames are all over (class, track, frame). A sign of the test frames is red in its Roi, and the
+    rest of the frame is blue. The annotations speak of 40x30 frames; the test files are really 80x60.
     """
     for label in range(43):
-        folder = root / "GTSRB" / "Final_Training" / "Images" / f"{label:05d}"
-        save_image(folder / "00000_00000.ppm", (label, 0, 0))
-        write_annotations(folder / f"GT-{label:05d}.csv", [("00000_00000.ppm", 40, 30, 10, 5, 30, 20, label)])
+        folder, rows = root / "GTSRB" / "Final_Training" / "Images" / f"{label:05d}", []
+        for track, i in itertools.product(range(tracks), range(FRAMES)):
+            rows.append((f"{track:05d}_{i:05d}.ppm", 40, 30, 10, 5, 30, 20, label))
+            save_image(folder / rows[-1][0], (label, track, i))
+        write_annotations(folder / f"GT-{label:05d}.csv", rows)
     for i in range(4):
         frame = np.zeros((60, 80, 3), np.uint8)
         frame[..., 2] = 255
@@ -184,28 +191,29 @@ def test_cifar10_batches_and_archive(tmp_path, monkeypatch, archived):
 )
 def test_gtsrb_layouts(tmp_path, table, data_dir):
     splits = load("gtsrb", make_gtsrb(tmp_path / "data", table) / data_dir)
-    assert splits.train.labels.tolist() == list(range(43))
+    assert splits.train.labels.tolist() == [label for label in range(43) for _ in range(FRAMES)]
+    assert (splits.train.images[:, 0, 0, 0] == splits.train.labels).all()
     assert splits.classes[14] == "14 stop" and len(splits.classes) == 43
-    assert len(splits.clean) == len(splits.test) == 2
+    assert len(splits.test) == 4
 
 
 def test_gtsrb_in_torchvisions_folder(tmp_path):
     make_gtsrb(tmp_path / "data" / "gtsrb")
-    assert len(load("gtsrb", tmp_path / "data").train) == 43
+    assert len(load("gtsrb", tmp_path / "data").train) == 43 * FRAMES
 
 
 def test_gtsrb_scales_the_roi_to_the_size_of_the_file(tmp_path):
     splits = load("gtsrb", make_gtsrb(tmp_path))  # an unscaled Roi would be half blue, the whole frame mostly
     red = torch.tensor([255, 0, 0], dtype=torch.uint8)[None, :, None, None]
-    assert (splits.test.images == red).all() and (splits.clean.images == red).all()
+    assert (splits.test.images == red).all()
 
 
 def test_gtsrb_roi_reaching_the_edges_of_an_odd_file(tmp_path):
     root = make_gtsrb(tmp_path)
-    folder = root / "GTSRB" / "Final_Training" / "Images" / "00000"
-    save_image(folder / "00000_00000.ppm", (9, 9, 9), size=(37, 41))
-    write_annotations(folder / "GT-00000.csv", [("00000_00000.ppm", 49, 49, 0, 0, 49, 49, 0)])
-    assert (load("gtsrb", root).train.images[0] == 9).all()
+    save_image(root / "GTSRB" / "Final_Test" / "Images" / "00000.ppm", (9, 9, 9), size=(37, 41))
+    rows = [(f"{i:05d}.ppm", 40, 30, 10, 5, 30, 20, i) for i in range(1, 4)]
+    write_annotations(root / "GT-final_test.csv", [("00000.ppm", 49, 49, 0, 0, 49, 49, 0), *rows])
+    assert (load("gtsrb", root).test.images[0] == 9).all()
 
 
 def test_mnist5k_is_the_digits_in_the_documented_sizes(session_cache, monkeypatch):
@@ -276,6 +284,61 @@ def test_seeds_differ_and_repeat(ragged):
     first, again, other = (load("folder", ragged, train_size=9, seed=seed) for seed in (0, 0, 1))
     assert rows_of(first.test) == rows_of(again.test) != rows_of(other.test)
     assert rows_of(first.train) == rows_of(again.train) != rows_of(other.train)
+
+
+def signs_of(images):
+    """Which physical sign each of the frames made here shows."""
+    return set(zip(images.labels.tolist(), images.images[:, 1, 0, 0].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_track_of_gtsrb_is_on_two_sides_and_each_side_has_every_class(tmp_path, seed):
+    splits = load("gtsrb", make_gtsrb(tmp_path, tracks=8), seed=seed)
+    sides = [signs_of(part) for part in (splits.train, splits.clean, splits.heldout)]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 43 * 8
+    assert all({label for label, _ in side} == set(range(43)) for side in sides)
+    assert len(splits.heldout) == 43 * FRAMES, "one track a class is held out"
+    assert sum(map(len, (splits.train, splits.clean, splits.heldout))) == 43 * 8 * FRAMES
+
+
+def test_the_defenders_tracks_hold_so_many_frames_in_proportion(tmp_path, monkeypatch):
+    monkeypatch.setitem(CLEAN_SIZE, "gtsrb", 43 * 3 * FRAMES)
+    splits = load("gtsrb", make_gtsrb(tmp_path, tracks=8))
+    counts = splits.clean.labels.bincount()
+    assert len(splits.clean) == 43 * 3 * FRAMES
+    assert counts.min() >= 2 * FRAMES and counts.max() <= 4 * FRAMES
+    few = load("gtsrb", tmp_path, clean_size=43)
+    assert few.clean.labels.bincount().tolist() == [1] * 43 and rows_of(few.train) == rows_of(splits.train)
+    assert rows_of(few.clean) == rows_of(splits.clean)[:43]
+
+
+def test_the_whole_test_split_of_gtsrb_measures_whatever_the_seed(tmp_path):
+    root = make_gtsrb(tmp_path)
+    one, two = (load("gtsrb", root, seed=seed) for seed in (0, 1))
+    assert len(one.test) == 4 and rows_of(one.test) == rows_of(two.test)
+    assert signs_of(one.clean) != signs_of(two.clean) and signs_of(one.train) != signs_of(two.train)
+
+
+def test_a_class_with_too_few_tracks_is_named(tmp_path):
+    with pytest.raises(DataError, match="class 00 speed limit 20 has 2 tracks; train, clean and heldout"):
+        load("gtsrb", make_gtsrb(tmp_path, tracks=2))
+
+
+def test_a_training_frame_whose_name_has_no_track_is_named(tmp_path):
+    folder = make_gtsrb(tmp_path) / "GTSRB" / "Final_Training" / "Images" / "00000"
+    save_image(folder / "stop.ppm")
+    write_annotations(folder / "GT-00000.csv", [("stop.ppm", 40, 30, 10, 5, 30, 20, 0)])
+    for file in folder.glob("0*.ppm"):
+        file.unlink()
+    with pytest.raises(DataError, match="stop.ppm: a training frame is named by track and frame"):
+        load("gtsrb", tmp_path)
+
+
+def test_the_tracks_survive_the_cache(tmp_path, decodings):
+    root = make_gtsrb(tmp_path)
+    first = load("gtsrb", root)
+    decodings.clear()
+    assert signs_of(load("gtsrb", root).clean) == signs_of(first.clean) and not decodings
 
 
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=8), seed=st.integers(0, 2**32))
@@ -394,7 +457,7 @@ def test_no_room_for_the_cache_is_a_warning(tmp_path, cache, monkeypatch):
         path.write_bytes(b"a part")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(splits, "save_file", full)
+    monkeypatch.setattr(cache_module, "save_file", full)
     with pytest.warns(UserWarning, match=r"No space left.*IBAU_CACHE"):
         assert len(load("folder", make_folder(tmp_path / "data")).train) == 6
     assert not list(cache.iterdir())
@@ -426,7 +489,7 @@ def test_unknown_name_lists_the_valid_ones():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"clean_size": 5}, "clean_size 5 is more than the 4 images of the defender's half"),
+        ({"clean_size": 5}, "clean_size 5 is more than the 4 images that are the defender's"),
         ({"clean_size": 0}, "clean_size must be a whole number of at least 1, not 0"),
         ({"train_size": 7}, "train_size 7 is more than the 6 images of the train split"),
         ({"train_size": -1}, "train_size must be a whole number of at least 1, not -1"),
@@ -473,7 +536,7 @@ def test_an_unreadable_image_is_named(tmp_path):
 def test_a_link_to_nowhere_is_named(tmp_path):
     root = make_folder(tmp_path)
     (root / "train" / "bee" / "x.png").symlink_to(tmp_path / "gone.png")
-    with pytest.raises(DataError, match="cannot read image .*x.png"):
+    with pytest.raises(DataError, match="cannot read .*x.png: No such file"):
         load("folder", root)
 
 
@@ -489,7 +552,7 @@ def test_an_empty_class_is_named(tmp_path, split):
     root = make_folder(tmp_path)
     shutil.rmtree(root / split / "bee")
     (root / split / "bee").mkdir()
-    with pytest.raises(DataError, match=f"{root / split / 'bee'} has no images"):
+    with pytest.raises(DataError, match=f"{root / split}: Found no valid file for the classes bee"):
         load("folder", root)
 
 
@@ -584,7 +647,7 @@ def test_gtsrb_bad_annotations(tmp_path, row, message):
         ("GT-final_test.csv", "GT-final_test.csv .from GTSRB_Final_Test_GT.zip"),
         ("GTSRB/Final_Test", "Final_Test/Images .from GTSRB_Final_Test_Images.zip"),
         ("GTSRB/Final_Training/Images/00007", "GT-00007.csv are missing"),
-        ("GTSRB/Final_Training/Images/00007/00000_00000.ppm", "00007 has no images"),
+        ("GTSRB/Final_Training/Images/00007/00000_00000.ppm", "GT-00007.csv: 1 of 8 rows have no image"),
     ],
 )
 def test_gtsrb_missing_parts(tmp_path, gone, message):
@@ -606,7 +669,7 @@ def test_gtsrb_downloads_the_official_archives_when_something_is_missing(tmp_pat
             make_gtsrb(folder)
 
     monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", fetch)
-    assert len(load("gtsrb", root, download=True).train) == 43
+    assert len(load("gtsrb", root, download=True).train) == 43 * FRAMES
     assert fetched == list(GTSRB_ARCHIVES)
     load("gtsrb", root, download=True)
     assert len(fetched) == 3

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ibau.cleaning.recipe import IBAUSettings
+from ibau import CleanSettings, IBAUSettings
 from ibau.data.images import ImageSet
 from ibau.defences import DEFENCES, defence, quick
 from ibau.defences.deepinspect import DeepInspectSettings
@@ -34,9 +34,13 @@ SMALL = {
     "fine_pruning": FinePruningSettings(tolerance=0.2, training=BRIEF),
     "nad": NADSettings(teacher_epochs=1, epochs=2, lr=0.01, batch_size=8, tolerance=1.0),
     "dp_sgd": DPSGDSettings(epochs=2, batch_size=10, noise=0.5, clip=1.0, chunk=4),
-    "ibau": IBAUSettings(rounds=2, outer_steps=2, mending=0, batch_size=8, inner_steps=3, inner_images=6),
+    "ibau": IBAUSettings(rounds=2, outer_steps=2, batch_size=8, inner_steps=3, inner_images=6),
+    "ibau_plus": CleanSettings(
+        rounds=2, outer_steps=2, recovery_steps=2, batch_size=8, inner_steps=3, inner_images=6
+    ),
 }
-TUNING = ["finetune", "fine_pruning", "nad", "dp_sgd", "ibau"]
+OURS = ("ibau", "ibau_plus")
+TUNING = ["finetune", "fine_pruning", "nad", "dp_sgd", *OURS]
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +81,9 @@ def given(name, data):
 
 
 def test_the_registry_has_its_order():
-    order = ["finetune", "nc", "tabor", "deepinspect", "fine_pruning", "nad", "dp_sgd", "ibau"]
+    order = ["finetune", "nc", "tabor", "deepinspect", "fine_pruning", "nad", "dp_sgd", "ibau", "ibau_plus"]
     assert list(DEFENCES) == order
+    assert (DEFENCES["ibau"].label, DEFENCES["ibau_plus"].label) == ("I-BAU", "I-BAU+")
     assert {name: d.sees for name, d in DEFENCES.items() if d.sees != "clean"} == {
         "deepinspect": "nothing",
         "dp_sgd": "poisoned",
@@ -96,7 +101,7 @@ def test_every_defence_has_published_and_quick_settings(name):
     assert isinstance(DEFENCES[name].settings(), DEFENCES[name].settings)
 
 
-@pytest.mark.parametrize("name", [name for name in DEFENCES if name != "ibau"])
+@pytest.mark.parametrize("name", [name for name in DEFENCES if name not in OURS])
 def test_a_baselines_desk_budget_is_smaller_than_the_published_one(name):
     published, desk = (asdict(make()) for make in (DEFENCES[name].settings, DEFENCES[name].settings.desk))
     published, desk = ({**found, **found.pop("training", {})} for found in (published, desk))
@@ -189,7 +194,7 @@ def test_labels_the_model_has_no_class_for_are_an_error(name, label, model, data
         DEFENCES[name](model, ImageSet(data.images, labels), settings=SMALL[name])
 
 
-@pytest.mark.parametrize("name", ["finetune", "fine_pruning", "nad", "ibau"])
+@pytest.mark.parametrize("name", ["finetune", "fine_pruning", "nad", *OURS])
 def test_two_clean_images_a_class_are_enough_to_run(name, model, data):
     found = DEFENCES[name](model, data.take(range(8)), settings=SMALL[name])
     assert all(p.isfinite().all() for p in found.model.parameters())

@@ -467,8 +467,8 @@ def test_still_keeps_batch_statistics():
     "wrong, message",
     [
         ({"steps": 0}, "steps is 0; it must be positive"),
-        ({"success": 1.0}, "success is 1.0; it must lie strictly between 0 and 1"),
-        ({"factor": 1.0}, "factor is 1.0; it must be more than 1"),
+        ({"success": 1.0}, r"success is 1.0; it must lie in \(0, 1\)"),
+        ({"factor": 1.0}, r"factor is 1.0; it must lie in \(1, inf\)"),
         ({"unflagged": "ignore"}, "unflagged is 'ignore'; valid: leave, smallest"),
         ({"precision": "half"}, "precision is 'half'; valid: auto, float32, bfloat16"),
     ],

@@ -14,25 +14,27 @@ import torch
 from safetensors.torch import load_file
 
 from ibau.attacks import ATTACKS, Trigger
-from ibau.cleaning.recipe import IBAUSettings
+from ibau.cleaning.recipe import CleanSettings
 from ibau.data.images import ImageSet, Splits
 from ibau.data.splits import DATASETS
 from ibau.defences.base import Defence, Defended
+from ibau.measure.intervals import Rate
 from ibau.networks import checkpoints, models, training
 from ibau.networks.checkpoints import ModelError
 from ibau.networks.training import TrainSettings
-from ibau.study import experiment
-from ibau.study import records as study_records
-from ibau.study import settings as study_settings
-from ibau.study.experiment import unlearn_record, victim
-from ibau.study.records import key, write_json
-from ibau.study.settings import PROFILES, VictimSettings, profile
+from ibau.study import experiment, records
+from ibau.study.experiment import defence_record, victim
+from ibau.study.records import Records, key, once, read_record, write_json, write_record
+from ibau.study.settings import PROFILES, STANDARD, VictimSettings, profile, standard_victims
+from ibau.unlearning.ibau import IBAUSettings
 
 TRAINING = TrainSettings(epochs=3, batch_size=16, precision="float32")
 SETTINGS = VictimSettings(
     dataset="tint", target=2, width=0.125, train_size=60, training=TRAINING, poison_ratio=0.3
 )
-DEFENCE = IBAUSettings(rounds=2, outer_steps=2, mending=0, batch_size=10, inner_steps=2, inner_images=4, K=1)
+DEFENCE = CleanSettings(
+    rounds=2, outer_steps=2, recovery_steps=0, batch_size=10, inner_steps=2, inner_images=4, K=1
+)
 
 
 def tint(seed, n):
@@ -250,8 +252,8 @@ def test_a_strong_trigger_is_made_against_the_same_clean_model(splits, runs, mon
 
 
 def test_the_standard_settings_are_the_seven_and_two_of_many_targets():
-    made = study_settings.standard_victims(PROFILES["quick"], seed=3)
-    assert list(made) == ["clean", *study_settings.STANDARD] and len(made) == 10
+    made = standard_victims(PROFILES["quick"], seed=3)
+    assert list(made) == ["clean", *STANDARD] and len(made) == 10
     assert made["clean"].attacks == () and made["seven triggers"].attacks == tuple(ATTACKS)
     assert {settings.attack for settings in made.values()} >= set(ATTACKS)
     assert made["all-to-all"].target == "all-to-all"
@@ -261,19 +263,19 @@ def test_the_standard_settings_are_the_seven_and_two_of_many_targets():
 
 
 def test_published_victims_are_read_back(splits, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_records, "figures_dir", lambda: tmp_path)
-    assert study_records.recorded_victims() == []
+    monkeypatch.setattr(records, "figures_dir", lambda: tmp_path)
+    assert Records().victims() == []
     record = victim(SETTINGS, splits).record
-    path = study_records.publish_victim(record)
+    path = Records().publish(record)
     assert path.parent == tmp_path / "data" / "victims" and path.name.startswith("tint-badnets-")
-    assert study_records.recorded_victims() == [json.loads(json.dumps(record))]
+    assert Records().victims() == [json.loads(json.dumps(record))]
 
 
 def test_key_does_not_depend_on_order_but_on_the_format(monkeypatch):
     assert key({"a": 1, "b": 2}) == key({"b": 2, "a": 1}) != key({"a": 1, "b": 3})
     assert len(key({})) == 16
     before = key({"a": 1})
-    monkeypatch.setattr(study_records, "FORMAT", study_records.FORMAT + 1)
+    monkeypatch.setattr(records, "FORMAT", records.FORMAT + 1)
     assert key({"a": 1}) != before
 
 
@@ -316,7 +318,7 @@ def test_a_death_between_training_and_the_note_trains_again(splits, runs, monkey
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(study_records, "write_json", full_disk)
+        patch.setattr(records, "write_json", full_disk)
         with pytest.raises(OSError, match="No space"):
             victim(SETTINGS, splits)
     assert len(victim(SETTINGS, splits).record["training"]) == 3
@@ -333,7 +335,7 @@ def test_a_killed_experiment_goes_on(splits, runs):
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*arguments)
         t.training._epoch = killed
-        t.experiments.default_device = lambda: t.torch.device("cpu")
+        t.experiment.default_device = lambda: t.torch.device("cpu")
         splits = t.Splits("tint", t.tint(0, 60), t.tint(1, 15), t.tint(2, 6), t.tint(9, 30),
                           ("r", "g", "b"), "0123456789abcdef")
         t.victim(t.SETTINGS, splits)
@@ -376,27 +378,33 @@ def test_bad_settings_are_refused(bad, message):
 
 
 def test_an_unlearning_record_is_complete_and_made_once(splits, runs, untrained):
-    record = unlearn_record(SETTINGS, splits, DEFENCE, seed=1)
+    record = defence_record(SETTINGS, splits, "ibau_plus", DEFENCE, seed=1)
     about = record["settings"]
-    assert (about["defence"], about["clean_images"], about["seed"]) == ("ibau", 15, 1)
+    assert (about["defence"], about["clean_images"], about["seed"]) == ("ibau_plus", 15, 1)
     assert about["defence_settings"]["rounds"] == 2
     assert about["victim"]["data"] == splits.fingerprint
     assert set(record["before"]) == {"acc", "asr", "ra"}
     assert set(record["after"]) == {"acc", "asr", "ra", "der"}
-    assert all(set(rate) == {"value", "n", "low", "high"} for rate in record["after"].values())
+    rate = {"hits", "n", "value", "low", "high"}
+    assert all(set(record["after"][name]) == rate for name in ("acc", "asr", "ra"))
+    assert set(record["after"]["der"]) == {"value", "low", "high"}
     assert record["before"]["acc"]["n"] == 30
     assert len(record["history"]) == 2
     assert [point["round"] for point in record["curve"]] == [0, 1, 2]
     assert record["seconds"] > 0 and record["training_seconds"] > 0 and record["peak_memory_mb"] > 0
     assert record["provenance"]["torch"] == torch.__version__
     untrained()
-    assert unlearn_record(SETTINGS, splits, DEFENCE, seed=1) == json.loads(json.dumps(record)) == record
+    assert (
+        defence_record(SETTINGS, splits, "ibau_plus", DEFENCE, seed=1)
+        == json.loads(json.dumps(record))
+        == record
+    )
 
 
 def test_the_record_is_about_the_model_beside_it(splits, untrained):
-    record = unlearn_record(SETTINGS, splits, DEFENCE)
+    record = defence_record(SETTINGS, splits, "ibau_plus", DEFENCE)
     cleaned = checkpoints.load(
-        study_records.kept(record, ".safetensors"), models.build("small_vgg", 3, 0.125)
+        records.runs().path(record["settings"], ".safetensors"), models.build("small_vgg", 3, 0.125)
     )
     attacked = victim(SETTINGS, splits)
     assert not same(cleaned, attacked.model)
@@ -405,7 +413,7 @@ def test_the_record_is_about_the_model_beside_it(splits, untrained):
     assert record["before"] == attacked.record["measured"]
     assert record["curve"][0]["acc"] == record["before"]["acc"]  # fewer than are watched: the same
     assert record["curve"][-1]["asr"] == record["after"]["asr"]
-    deltas = load_file(study_records.kept(record, ".tensors"))
+    deltas = load_file(records.runs().path(record["settings"], ".tensors"))
     assert {name: tuple(d.shape) for name, d in deltas.items()} == {
         "delta 1": (3, 32, 32),
         "delta 2": (4, 32, 32),
@@ -415,7 +423,7 @@ def test_the_record_is_about_the_model_beside_it(splits, untrained):
 
 def test_a_curve_is_of_the_first_images_which_several_triggers_share(splits, monkeypatch):
     monkeypatch.setattr(experiment, "WATCHED", 12)
-    record = unlearn_record(replace(SETTINGS, attack="badnets+blend+badnets"), splits, DEFENCE)
+    record = defence_record(replace(SETTINGS, attack="badnets+blend+badnets"), splits, "ibau_plus", DEFENCE)
     first = splits.test.labels[:4].tolist()
     attackable = sum(label != target for target in (0, 1, 2) for label in first)
     assert [point["acc"]["n"] for point in record["curve"]] == [12, 12, 12]
@@ -424,16 +432,16 @@ def test_a_curve_is_of_the_first_images_which_several_triggers_share(splits, mon
 
 
 def test_every_change_makes_another_record(splits, runs):
-    unlearn_record(SETTINGS, splits, DEFENCE)
-    unlearn_record(SETTINGS, splits, replace(DEFENCE, K=2))
-    unlearn_record(SETTINGS, splits, DEFENCE, seed=1)
-    unlearn_record(SETTINGS, replace(splits, clean=splits.clean.take(range(9))), DEFENCE)
-    assert len(list((runs / "records").glob("tint-badnets-ibau-*.json"))) == 4
+    defence_record(SETTINGS, splits, "ibau_plus", DEFENCE)
+    defence_record(SETTINGS, splits, "ibau_plus", replace(DEFENCE, K=2))
+    defence_record(SETTINGS, splits, "ibau_plus", DEFENCE, seed=1)
+    defence_record(SETTINGS, replace(splits, clean=splits.clean.take(range(9))), "ibau_plus", DEFENCE)
+    assert len(list((runs / "records").glob("tint-badnets-ibau_plus-*.json"))) == 4
     assert len(list((runs / "models").glob("*.json"))) == 1
 
 
 def test_a_clean_model_can_be_defended_too(splits):
-    record = unlearn_record(replace(SETTINGS, attack="none"), splits, DEFENCE)
+    record = defence_record(replace(SETTINGS, attack="none"), splits, "ibau_plus", DEFENCE)
     assert record["after"]["der"] is record["after"]["asr"] is None
     assert record["after"]["acc"]["n"] == 30
 
@@ -487,7 +495,9 @@ def test_a_defence_without_rounds_has_no_curve_but_its_evidence(splits, stubs):
     assert record["curve"] == [] and record["evidence"] == {"flagged": [2]}
     assert record["settings"]["defence_settings"] == {"shift": 1e6}
     assert record["after"]["acc"]["value"] == pytest.approx(1 / 3)  # all are of the first class now
-    assert torch.equal(load_file(study_records.kept(record, ".tensors"))["masks"][0], torch.eye(3))
+    assert torch.equal(
+        load_file(records.runs().path(record["settings"], ".tensors"))["masks"][0], torch.eye(3)
+    )
 
 
 def test_clean_images_nobody_sees_make_no_other_record(splits, stubs):
@@ -504,15 +514,18 @@ def test_a_model_of_another_kind_is_kept_too(splits, monkeypatch):
 
     monkeypatch.setattr(experiment.defences, "DEFENCES", {"regrown": Defence("R", regrown, NoSettings)})
     record = experiment.defence_record(SETTINGS, splits, "regrown")
-    assert set(checkpoints.load_state(study_records.kept(record, ".safetensors"))) == {"1.weight", "1.bias"}
-    assert not study_records.kept(record, ".tensors").exists()
+    assert set(checkpoints.load_state(records.runs().path(record["settings"], ".safetensors"))) == {
+        "1.weight",
+        "1.bias",
+    }
+    assert not records.runs().path(record["settings"], ".tensors").exists()
 
 
 def test_bad_defences_are_refused(splits, runs, stubs):
     with pytest.raises(ValueError, match="unknown defence 'nc'; valid: clean, nothing, poisoned"):
         experiment.defence_record(SETTINGS, splits, "nc")
     assert not runs.exists()  # nothing was trained for it
-    with pytest.raises(ValueError, match="Stub takes settings of type NoSettings, not IBAUSettings"):
+    with pytest.raises(ValueError, match="Stub takes settings of type NoSettings, not CleanSettings"):
         experiment.defence_record(SETTINGS, splits, "clean", DEFENCE)
 
 
@@ -544,7 +557,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_damaged_record_is_made_again(splits, stubs, damage):
     record = experiment.defence_record(SETTINGS, splits, "clean")
-    path = study_records.kept(record, ".json")
+    path = records.runs().path(record["settings"], ".json")
     text = path.read_text()
     path.write_text(damage(text))
     assert path.read_text() != text
@@ -566,17 +579,64 @@ def test_a_damaged_note_trains_the_victim_again(splits, runs):
     assert again.record["measured"] == first.record["measured"] and same(again.model, first.model)
 
 
-def test_a_record_of_before_the_checksums_is_read(tmp_path):
-    path = write_json(tmp_path / "a.json", {"settings": {"defence": "ibau"}})
-    assert study_records.recorded(tmp_path) == [{"settings": {"defence": "ibau"}}]
-    assert study_records.recorded(tmp_path, defence="nc") == []
-    written = study_records.write_record(
-        path, {"settings": {"defence": "nc"}, "map": {1: (2.5, float("inf"))}}
+def test_a_record_without_a_checksum_or_with_an_old_one_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    written = write_record(path, {"settings": {"defence": "nc"}, "map": {1: (2.5, float("inf"))}})
+    assert (
+        Records(tmp_path).defences("nc") == Records(tmp_path).defences() == [written] == [read_record(path)]
     )
-    assert study_records.recorded(tmp_path, defence="nc") == [written] == [study_records.read_record(path)]
-    path.write_text(path.read_text().replace("2.5", "2.6"))
-    with pytest.raises(ValueError, match="cut short or edited since it was written: a.json"):
-        study_records.recorded(tmp_path)
+    assert Records(tmp_path).defences("ibau") == []
+    whole = path.read_text()
+    del written["checksum"]
+    for damaged in (whole.replace("2.5", "2.6"), json.dumps(written)):
+        path.write_text(damaged)
+        assert read_record(path) is None
+        with pytest.raises(ValueError, match="cut short or edited since they were written: a.json"):
+            Records(tmp_path).defences()
+
+
+def test_the_version_of_a_defence_is_part_of_the_key(splits, stubs, monkeypatch):
+    first = defence_record(SETTINGS, splits, "clean")
+    defence_record(SETTINGS, splits, "clean")
+    assert first["settings"]["version"] == 1 and len(stubs["clean"]) == 1
+    newer = replace(experiment.defences.DEFENCES["clean"], version=2)
+    monkeypatch.setitem(experiment.defences.DEFENCES, "clean", newer)
+    assert defence_record(SETTINGS, splits, "clean")["settings"]["version"] == 2 and len(stubs["clean"]) == 2
+
+
+# ---- the published records
+
+
+def rates_in(value):
+    if isinstance(value, dict):
+        if "hits" in value:
+            yield value
+        value = list(value.values())
+    for inner in value if isinstance(value, list) else []:
+        yield from rates_in(inner)
+
+
+@pytest.mark.parametrize("kind", ["defences", "victims"])
+def test_each_published_record_is_named_by_its_settings_and_its_rates_by_their_hits(kind):
+    published = Records()
+    folder = published.folder if kind == "defences" else published.victims_folder
+    found = getattr(published, kind)()
+    assert {published.path(record["settings"]) for record in found} == set(folder.glob("*.json"))
+    for record in found:
+        rates = list(rates_in(record))
+        assert rates and all(Rate.read(rate).as_dict() == rate for rate in rates)
+        assert all(isinstance(rate["hits"], int) for rate in rates)
+
+
+def test_no_published_record_of_the_papers_algorithm_has_settings_of_ours():
+    for name, settings in (("ibau", IBAUSettings), ("ibau_plus", CleanSettings)):
+        found = Records().defences(name)
+        assert found
+        for record in found:
+            assert set(record["settings"]["defence_settings"]) == {field.name for field in fields(settings)}
+            assert (
+                not any("recovery" in line or "area" in line for line in record["history"]) or name != "ibau"
+            )
 
 
 def test_two_that_want_the_same_record_make_it_once(runs, tmp_path):
@@ -584,13 +644,13 @@ def test_two_that_want_the_same_record_make_it_once(runs, tmp_path):
     program = f"""
         import os, sys, time
         from pathlib import Path
-        from ibau.experiments import once, write_record
+        from ibau.study.records import once
         path = Path({str(tmp_path / "a.json")!r})
         def make():
             with open({str(tmp_path / "log")!r}, "a") as log:
                 log.write("made ")
             time.sleep(1)
-            return write_record(path, {{"pid": os.getpid()}})
+            return {{"pid": os.getpid()}}
         Path({str(tmp_path)!r}, f"ready-{{os.getpid()}}").touch()
         while len(list(Path({str(tmp_path)!r}).glob("ready-*"))) < 2:
             time.sleep(0.01)
@@ -607,30 +667,29 @@ def test_a_killed_holder_frees_the_lock(runs, tmp_path):
     program = f"""
         import os, signal
         from pathlib import Path
-        from ibau.experiments import once
+        from ibau.study.records import once
         once(Path({str(tmp_path / "a.json")!r}), lambda: os.kill(os.getpid(), signal.SIGKILL))
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(program)]).returncode == -signal.SIGKILL
-    assert "process" in (runs / "locks" / "a.lock").read_text()
     path = tmp_path / "a.json"
-    assert study_records.once(path, lambda: study_records.write_record(path, {"a": 1}))["a"] == 1
+    assert not path.exists() and once(path, lambda: {"a": 1}) == read_record(path)
 
 
 def test_a_folder_that_cannot_be_locked_is_told(runs, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("No locks available")
 
-    monkeypatch.setattr(experiment.fcntl, "flock", refuse)
+    monkeypatch.setattr(records.FileLock, "acquire", refuse)
     path = tmp_path / "a.json"
     with pytest.warns(UserWarning, match="No locks available.*made twice"):
-        assert study_records.once(path, lambda: study_records.write_record(path, {"a": 1}))["a"] == 1
+        assert once(path, lambda: {"a": 1})["a"] == 1
 
 
 def test_rating_by_hand():
     def measured(acc, asr):
-        return {name: {"value": v, "n": 100, "low": 0, "high": 1} for name, v in (("acc", acc), ("asr", asr))}
+        return {"acc": {"hits": acc, "n": 100}, "asr": {"hits": asr, "n": 100}}
 
-    assert experiment.rating(measured(0.8, 0.9), measured(0.7, 0.1))["value"] == pytest.approx(0.85)
+    assert experiment.rating(measured(80, 90), measured(70, 10))["value"] == pytest.approx(0.85)
 
 
 # ---- profiles, headline, files
@@ -655,7 +714,7 @@ def test_the_headline_is_the_mean_over_the_records(runs):
         victim_settings = {"dataset": "mnist5k", "attack": "badnets"}
         return {"settings": {"victim": victim_settings}, "before": rates[0], "after": rates[1]}
 
-    path = study_records.write_headline(
+    path = records.write_headline(
         "quick", [record((0.9, 1.0), (0.88, 0.02)), record((0.92, 0.98), (0.9, 0.0))]
     )
     assert path == runs / "quick" / "headline.json"
@@ -673,9 +732,9 @@ def test_the_headline_is_the_mean_over_the_records(runs):
 def test_runs_dir_follows_the_environment(tmp_path, monkeypatch, root):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IBAU_RUNS", "here")
-    assert study_records.runs_dir() == tmp_path / "here"
+    assert records.runs_dir() == tmp_path / "here"
     monkeypatch.delenv("IBAU_RUNS")
-    assert study_records.runs_dir() == (root if (root / "notebooks").is_dir() else tmp_path) / "runs"
+    assert records.runs_dir() == (root if (root / "notebooks").is_dir() else tmp_path) / "runs"
 
 
 def test_what_is_written_is_as_readable_as_the_umask_says(tmp_path):
@@ -694,7 +753,7 @@ def test_write_json_writes_whole_files_only(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == {"version": 1}
     with pytest.raises(TypeError):
         write_json(path, {"version": 2, "list": [1] * 10_000, "tensor": torch.ones(1)})
-    monkeypatch.setattr(experiment.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"version": 3})
     assert json.loads(path.read_text()) == {"version": 1}

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,15 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ibau import IBAUSettings, cli, unlearn
+from ibau import CleanSettings, IBAUSettings, clean, cli, unlearn
 from ibau.data.folders import load_folder, save_folder
 from ibau.data.images import DataError, ImageSet
+from ibau.measure.intervals import Rate
 from ibau.networks import checkpoints
 from ibau.networks.checkpoints import ModelError
-from ibau.own_model import load as own_load
+from ibau.own_model.load import Normalised, build, check_folder, load_model, out_path, parse_normalize, split
 
 CLASSES = ("ant", "bee", "cat")
-FEW = IBAUSettings(rounds=1, outer_steps=2, inner_steps=2, inner_images=8, radius=2.0)
+LITTLE = {"rounds": 2, "outer_steps": 2, "inner_steps": 2, "inner_images": 8, "radius": 2.0}
 
 
 def pictures(count=24, size=16, seed=0):
@@ -138,7 +140,7 @@ def test_a_class_with_one_image_is_named_with_what_was_skipped(photos):
     with pytest.raises(
         DataError, match=r"fewer than 2 images in 1 of 3 classes: cat \(1\); 7 do not decode: "
     ):
-        own_load.check_folder(load_folder(photos, 0))
+        check_folder(load_folder(photos, 0))
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.99])
@@ -146,17 +148,17 @@ def test_a_split_has_every_class_on_both_sides_and_shares_no_image(share):
     data = pictures()
     data = ImageSet(data.images, data.labels)
     data.images[:, 0, 0, 0] = torch.arange(24)  # names the image
-    clean, held = own_load.split(data, share, seed=3)
+    clean, held = split(data, share, seed=3)
     names = [set(part.images[:, 0, 0, 0].tolist()) for part in (clean, held)]
     assert names[0] | names[1] == set(range(24)) and not names[0] & names[1]
     assert set(clean.labels.tolist()) == set(held.labels.tolist()) == {0, 1, 2}
-    assert torch.equal(own_load.split(data, share, seed=3)[1].images, held.images)
+    assert torch.equal(split(data, share, seed=3)[1].images, held.images)
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.2, float("nan")])
 def test_a_share_outside_0_and_1_is_refused(share):
     with pytest.raises(DataError, match="held_out is"):
-        own_load.split(pictures(), share)
+        split(pictures(), share)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ def test_a_share_outside_0_and_1_is_refused(share):
 
 def test_a_normalised_model_gives_what_the_model_gives_on_normalised_images(tmp_path):
     path = checkpoint(tmp_path)
-    plain = own_load.load_model(path, TINY, 3, 16).model
+    plain = load_model(path, TINY, 3, 16).model
     x = torch.rand(4, 3, 16, 16)
     for text, mean, std in (
         ("0.1,0.2,0.3/0.5,0.6,0.7", [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]),
@@ -173,21 +175,21 @@ def test_a_normalised_model_gives_what_the_model_gives_on_normalised_images(tmp_
         ("imagenet", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     ):
         mean, std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
-        model = own_load.load_model(path, TINY, 3, 16, text).model
+        model = load_model(path, TINY, 3, 16, text).model
         assert torch.allclose(model(x), plain((x - mean) / std), atol=1e-6)
 
 
 @pytest.mark.parametrize("text", ["0.5", "0.5/0", "a/b", "1,2/1,2", "0.5/0.5/0.5", "nan/1"])
 def test_a_normalisation_of_another_form_is_refused(text):
     with pytest.raises(ModelError, match="normalize is .*expected mean/std"):
-        own_load.parse_normalize(text)
+        parse_normalize(text)
 
 
 def test_options_reach_the_architecture():
-    narrow = own_load.build("small_vgg?width=0.25", 5)
+    narrow = build("small_vgg?width=0.25", 5)
     assert narrow.features[0].out_channels == 8 and narrow.classifier.out_features == 5
     vit = "torchvision.models:VisionTransformer?image_size=32&patch_size=16&num_layers=1&num_heads=2"
-    model = own_load.build(vit + "&hidden_dim=8&mlp_dim=8", 4)
+    model = build(vit + "&hidden_dim=8&mlp_dim=8", 4)
     assert model.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 4)
 
 
@@ -206,7 +208,7 @@ def test_options_reach_the_architecture():
 )
 def test_an_architecture_that_does_not_exist_is_refused(architecture, message):
     with pytest.raises(ModelError, match=message):
-        own_load.build(architecture, 3)
+        build(architecture, 3)
 
 
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
@@ -220,14 +222,14 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path):
     torch.save({"net": Evil()}, zipped)
     for file in (path, zipped):
         with pytest.raises(ModelError, match=f"{file.name}: refused|{file.name}: not a readable"):
-            own_load.load_model(file, TINY, 3, 16)
+            load_model(file, TINY, 3, 16)
     assert not (tmp_path / "was-run").exists()
 
 
 def test_a_whole_model_is_refused(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "whole.pth")
     with pytest.raises(ModelError, match="refused, because reading it would need more than plain tensors"):
-        own_load.load_model(tmp_path / "whole.pth", TINY, 3, 16)
+        load_model(tmp_path / "whole.pth", TINY, 3, 16)
 
 
 def test_keys_that_are_missing_or_strange_are_listed(tmp_path):
@@ -236,29 +238,27 @@ def test_keys_that_are_missing_or_strange_are_listed(tmp_path):
     state["body.weight"] = state.pop("head.weight")
     torch.save(state, path)
     with pytest.raises(ModelError, match="missing: head.weight; unexpected: body.weight"):
-        own_load.load_model(path, TINY, 3, 16)
+        load_model(path, TINY, 3, 16)
 
 
 def test_another_number_of_classes_is_told_in_those_words(tmp_path):
     path = checkpoint(tmp_path, num_classes=7)
     with pytest.raises(ModelError, match="has 7 classes, but there are 3 class folders"):
-        own_load.load_model(path, TINY, 3, 16)
+        load_model(path, TINY, 3, 16)
 
 
 def test_an_output_of_another_shape_is_refused(tmp_path):
     torch.save(nn.Conv2d(3, 3, 1).state_dict(), tmp_path / "maps.pth")
     with pytest.raises(ModelError, match=r"output for 2 images is \(2, 3, 16, 16\); expected \(2, 3\)"):
-        own_load.load_model(
-            tmp_path / "maps.pth", "torch.nn:Conv2d?in_channels=3&out_channels=3&kernel_size=1", 3, 16
-        )
+        load_model(tmp_path / "maps.pth", "torch.nn:Conv2d?in_channels=3&out_channels=3&kernel_size=1", 3, 16)
 
 
 def test_a_model_that_fails_on_such_images_says_so(tmp_path):
     name = "torchvision.models:VisionTransformer?image_size=32&patch_size=16&num_layers=1&num_heads=2"
     name += "&hidden_dim=8&mlp_dim=8"
-    torch.save(own_load.build(name, 3).state_dict(), tmp_path / "vit.pth")
+    torch.save(build(name, 3).state_dict(), tmp_path / "vit.pth")
     with pytest.raises(ModelError, match="fails on images of 16x16 .*Wrong image height"):
-        own_load.load_model(tmp_path / "vit.pth", name, 3, 16)
+        load_model(tmp_path / "vit.pth", name, 3, 16)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_a_model_that_fails_on_such_images_says_so(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_pth_is_written_as_it_was_read(tmp_path, wrapper, prefix, dtype):
     path = checkpoint(tmp_path, wrapper, prefix, dtype)
-    given = own_load.load_model(path, TINY, 3, 16, "0.5/0.5")
+    given = load_model(path, TINY, 3, 16, "0.5/0.5")
     changed = copy.deepcopy(given.model)
     with torch.no_grad():
         changed.model.head.bias += 1
@@ -282,15 +282,15 @@ def test_a_pth_is_written_as_it_was_read(tmp_path, wrapper, prefix, dtype):
     assert {k: (v.shape, v.dtype) for k, v in old.items()} == {k: (v.shape, v.dtype) for k, v in new.items()}
     differs = [key for key in old if not torch.equal(old[key], new[key])]
     assert differs == [prefix + "head.bias"]
-    again = own_load.load_model(saved, TINY, 3, 16, "0.5/0.5").model
+    again = load_model(saved, TINY, 3, 16, "0.5/0.5").model
     x = torch.rand(2, 3, 16, 16)
     assert torch.allclose(again(x), changed(x), atol=1e-2)
 
 
 def test_safetensors_stay_safetensors_with_their_metadata(tmp_path):
     path = checkpoint(tmp_path, suffix=".safetensors", prefix="module.", dtype=torch.bfloat16)
-    given = own_load.load_model(path, TINY, 3, 16)
-    saved = given.save(given.model, own_load.out_path(path))
+    given = load_model(path, TINY, 3, 16)
+    saved = given.save(given.model, out_path(path))
     assert saved.name == "model.cleaned.safetensors"
     assert checkpoints.read_metadata(saved) == {"format": "pt", "note": "kept"}
     with safe_open(path, "pt") as old, safe_open(saved, "pt") as new:
@@ -303,14 +303,14 @@ def test_a_checkpoint_without_counters_is_written_without_them(tmp_path):
     state = torch.load(path, weights_only=True)
     del state["norm.num_batches_tracked"]
     torch.save(state, path)
-    given = own_load.load_model(path, TINY, 3, 16)
+    given = load_model(path, TINY, 3, 16)
     saved = given.save(given.model, tmp_path / "out.pth")
     assert list(torch.load(saved, weights_only=True)) == list(state)
 
 
 def test_a_state_dict_keeps_the_versions_torch_notes_in_it(tmp_path):
     torch.save(Tiny().state_dict(), tmp_path / "model.pth")
-    given = own_load.load_model(tmp_path / "model.pth", TINY, 3, 16)
+    given = load_model(tmp_path / "model.pth", TINY, 3, 16)
     old, new = (
         torch.load(p, weights_only=True)
         for p in (given.path, given.save(given.model, tmp_path / "cleaned.pth"))
@@ -325,8 +325,8 @@ def test_the_original_is_never_overwritten(tmp_path):
     (tmp_path / "soft.pth").symlink_to(path)
     for out in (path, tmp_path / "." / "model.pth", tmp_path / "hard.pth", tmp_path / "soft.pth"):
         with pytest.raises(ModelError, match="would overwrite the model that was given"):
-            own_load.out_path(path, out)
-    given = own_load.load_model(path, TINY, 3, 16)
+            out_path(path, out)
+    given = load_model(path, TINY, 3, 16)
     with pytest.raises(ModelError, match="would overwrite"):
         given.save(given.model, path)
 
@@ -334,21 +334,21 @@ def test_the_original_is_never_overwritten(tmp_path):
 def test_an_out_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
     path = checkpoint(tmp_path)
     with pytest.raises(ModelError, match="should end in '.pth'"):
-        own_load.out_path(path, tmp_path / "out.safetensors")
+        out_path(path, tmp_path / "out.safetensors")
     with pytest.raises(ModelError, match="its folder does not exist"):
-        own_load.out_path(path, tmp_path / "nowhere" / "out.pth")
+        out_path(path, tmp_path / "nowhere" / "out.pth")
     with pytest.raises(ModelError, match="no such checkpoint file"):
-        own_load.out_path(tmp_path / "none.pth")
+        out_path(tmp_path / "none.pth")
     usage = type("usage", (), {"free": 10})
-    monkeypatch.setattr(own_load.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ModelError, match="no room to write it; it takes .* bytes, 10 are free"):
-        own_load.out_path(path)
+        out_path(path)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_disk_that_fills_up_leaves_the_old_file_and_nothing_else(tmp_path, suffix):
     path = checkpoint(tmp_path, suffix=suffix)
-    given = own_load.load_model(path, TINY, 3, 16)
+    given = load_model(path, TINY, 3, 16)
     out = tmp_path / f"out{suffix}"
     out.write_bytes(b"the old one")
     before = sorted(tmp_path.iterdir())
@@ -372,8 +372,8 @@ def test_a_run_killed_while_saving_leaves_the_old_file_or_the_new(tmp_path):
     script.write_text(
         textwrap.dedent(f"""
         import sys, torch
-        from ibau import foreign
-        given = foreign.load_model({str(path)!r}, "small_vgg?width=0.5", 3, 32)
+        from ibau.own_model.load import load_model
+        given = load_model({str(path)!r}, "small_vgg?width=0.5", 3, 32)
         for value in [1.0, 2.0] * 10**6:
             with torch.no_grad():
                 for p in given.model.parameters():
@@ -383,7 +383,7 @@ def test_a_run_killed_while_saving_leaves_the_old_file_or_the_new(tmp_path):
                 print("saved", flush=True)
         """)
     )
-    torch.save(own_load.build("small_vgg?width=0.5", 3).state_dict(), path)
+    torch.save(build("small_vgg?width=0.5", 3).state_dict(), path)
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as process:
         process.stdout.readline()  # both were saved at least once
         time.sleep(0.05)
@@ -395,12 +395,12 @@ def test_a_run_killed_while_saving_leaves_the_old_file_or_the_new(tmp_path):
 
 def test_a_file_system_without_room_is_one_sentence(tmp_path, monkeypatch):
     path = checkpoint(tmp_path)
-    given = own_load.load_model(path, TINY, 3, 16)
+    given = load_model(path, TINY, 3, 16)
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(own_load.torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(ModelError, match="No space left on device"):
         given.save(given.model, tmp_path / "out.pth")
     assert [p.name for p in tmp_path.iterdir()] == ["model.pth"]
@@ -410,6 +410,16 @@ def test_a_file_system_without_room_is_one_sentence(tmp_path, monkeypatch):
 # Networks that are not ours
 
 
+ALGORITHMS = {
+    "I-BAU": lambda *given: unlearn(*given, IBAUSettings(**LITTLE)),
+    "I-BAU+": lambda *given: clean(*given, CleanSettings(**LITTLE, recovery_steps=2)),
+    "I-BAU+ with the implicit term": lambda *given: clean(
+        *given, CleanSettings(**LITTLE, recovery_steps=0, K=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("remove", ALGORITHMS.values(), ids=ALGORITHMS)
 @pytest.mark.parametrize(
     "architecture, size",
     [
@@ -422,23 +432,42 @@ def test_a_file_system_without_room_is_one_sentence(tmp_path, monkeypatch):
         ),
         (TINY, 16),
     ],
+    ids=["mobilenet", "resnet", "transformer", "tiny"],
 )
-def test_networks_from_outside_are_cleaned_and_load_where_they_came_from(tmp_path, architecture, size):
+def test_networks_from_outside_are_cleaned_and_load_where_they_came_from(
+    tmp_path, architecture, size, remove
+):
     torch.manual_seed(0)
-    theirs = own_load.build(architecture, 3)
+    theirs = build(architecture, 3)
+    for weight in theirs.parameters():  # torchvision's transformer has a head of zeros, which stops gradients
+        if not weight.any():
+            nn.init.normal_(weight, std=0.02)
     torch.save(theirs.state_dict(), tmp_path / "model.pth")
     data = pictures(30, size)
-    given = own_load.load_model(tmp_path / "model.pth", architecture, 3, size, "imagenet")
-    result = unlearn(given.model, data.images, data.labels, FEW)
+    given = load_model(tmp_path / "model.pth", architecture, 3, size, "imagenet")
+    result = remove(given.model, data.images, data.labels)
     saved = given.save(result.model, tmp_path / "cleaned.pth")
     before = copy.deepcopy(theirs.state_dict())
     theirs.load_state_dict(torch.load(saved, weights_only=True))
     after = theirs.state_dict()
     assert any(not torch.equal(before[key], after[key]) for key in before), "nothing was learnt"
     assert all(value.isfinite().all() for value in after.values())
-    again = own_load.Normalised(theirs.eval(), *own_load.parse_normalize("imagenet"))
+    again = Normalised(theirs.eval(), *parse_normalize("imagenet"))
     x = data.images[:4] / 255
     assert torch.allclose(again(x), result.model(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("field", ["settings", "measured"])
+def test_the_recorded_runs_on_real_networks_are_readable(root, field):
+    paths = sorted((root / "figures" / "data" / "foreign").glob("*.json"))
+    assert paths
+    for path in paths:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if field == "settings":
+            assert CleanSettings(**record["settings"]["cleaning"]).search in path.stem + "alternating"
+        else:
+            rates = [record["measured"][when]["acc"] for when in ("before", "after")]
+            assert [Rate.read(rate).value for rate in rates] == [rate["value"] for rate in rates]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -484,7 +513,7 @@ def test_the_command_leaves_the_model_a_page_and_its_figures(tmp_path, capsys):
     save_folder(pictures(9, 32, seed=1), tmp_path / "triggered", CLASSES)
     (tmp_path / "photos" / "bee" / "broken.png").write_bytes(b"no picture")
     path = tmp_path / "model.pth"
-    torch.save({"net": own_load.build("small_vgg?width=0.1", 3).state_dict()}, path)
+    torch.save({"net": build("small_vgg?width=0.1", 3).state_dict()}, path)
     original = path.read_bytes()
     call = ["clean", "--checkpoint", str(path), "--architecture", "small_vgg?width=0.1", "--rounds", "1"]
     call += ["--clean-dir", str(tmp_path / "photos"), "--triggered-dir", str(tmp_path / "triggered")]
@@ -498,9 +527,9 @@ def test_the_command_leaves_the_model_a_page_and_its_figures(tmp_path, capsys):
         "model.cleaned.html",
         "model.cleaned.json",
     }
-    own_load.load_model(tmp_path / "model.cleaned.pth", "small_vgg?width=0.1", 3, 32)
+    load_model(tmp_path / "model.cleaned.pth", "small_vgg?width=0.1", 3, 32)
     page = (tmp_path / "model.cleaned.html").read_text()
     assert "skipped bee/broken.png" in page and "target: cat" in page
     record = json.loads((tmp_path / "model.cleaned.json").read_text())
-    assert record["settings"]["skipped_images"] == 1 and record["settings"]["unlearning"]["rounds"] == 1
+    assert record["settings"]["skipped_images"] == 1 and record["settings"]["cleaning"]["rounds"] == 1
     assert record["before"]["asr"]["n"] == 6 and len(record["after"]["norms"]) == 3

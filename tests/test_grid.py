@@ -20,24 +20,24 @@ from PIL import Image
 
 from ibau import cli
 from ibau.attacks import ATTACKS
-from ibau.cleaning.recipe import IBAUSettings
+from ibau.cleaning.recipe import CleanSettings
 from ibau.defences import DEFENCES, FinetuneSettings
 from ibau.defences.base import Defence, Defended
 from ibau.networks.training import TrainSettings
-from ibau.study import experiment, grid
-from ibau.study import records as study_records
+from ibau.study import experiment, grid, records
 from ibau.study.grid import NONE, Cell
-from ibau.study.records import read_record
+from ibau.study.records import Records, read_record
 from ibau.study.settings import PROFILES, VictimSettings
+from ibau.unlearning.ibau import IBAUSettings
 
 TRAINING = TrainSettings(epochs=2, batch_size=10, precision="float32")
 VICTIM = VictimSettings("folder", target=2, poison_ratio=0.3, width=0.125, training=TRAINING)
 FINETUNE = FinetuneSettings(training=replace(TRAINING, epochs=1))
-UNLEARN = IBAUSettings(rounds=2, outer_steps=2, mending=0, batch_size=10, inner_steps=2, inner_images=4)
+CLEAN = CleanSettings(rounds=2, outer_steps=2, recovery_steps=0, batch_size=10, inner_steps=2, inner_images=4)
 CELLS = [
     Cell(victim, defence, settings, clean_size=20)
     for victim in (VICTIM, replace(VICTIM, attack="blend"), replace(VICTIM, attack="none", target=0))
-    for defence, settings in ((NONE, None), ("finetune", FINETUNE), ("ibau", UNLEARN))
+    for defence, settings in ((NONE, None), ("finetune", FINETUNE), ("ibau_plus", CLEAN))
 ]
 FAILING = Cell(VICTIM, "finetune", FinetuneSettings(replace(TRAINING, lr=1e30)), clean_size=20)
 
@@ -194,7 +194,7 @@ def test_a_cell_knows_its_defence():
     assert Cell(VICTIM, "ibau") == Cell(VICTIM, "ibau", IBAUSettings())
     with pytest.raises(ValueError, match="unknown defence 'anp'; valid: "):
         Cell(VICTIM, "anp")
-    assert str(CELLS[2]) == "folder badnets to 2, 30.0% poisoned | ibau with 20 clean images | seed 0"
+    assert str(CELLS[2]) == "folder badnets to 2, 30.0% poisoned | ibau_plus with 20 clean images | seed 0"
     assert str(CELLS[-3]) == "folder none | undefended | seed 0"
     assert str(Cell(replace(VICTIM, attack="badnets+blend"))).startswith("folder 2 triggers to 2, 30.0%")
 
@@ -252,7 +252,7 @@ def test_a_full_disk_fails_the_cell_and_loses_nothing(images, runs, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment.os, "replace", full)
+        patch.setattr(os, "replace", full)
         assert grid.run(CELLS[:3], data_dir=images) == {"there": 2, "failed": 1}
     assert stamps(runs) == before
     assert grid.run(CELLS[:3], data_dir=images) == {"there": 2, "done": 1}
@@ -279,21 +279,6 @@ def test_an_interruption_is_not_a_failure(images, runs, monkeypatch):
             grid.run(CELLS[:1], data_dir=images)
     assert not (runs / "failed").exists()
     assert grid.run(CELLS[:1], data_dir=images)["done"] == 1  # and no lock was left
-
-
-def test_the_estimate_is_the_median_of_cells_like_it(runs):
-    estimate = grid.Estimate()
-    assert estimate.seconds(CELLS[1]) is None
-    assert estimate.text(CELLS[:3]) == "3 of unknown length"
-    about = experiment.asdict(FINETUNE)
-    for seconds in (1.0, 100.0, 40.0):
-        settings = {"victim": {"dataset": "folder"}, "defence": "finetune", "defence_settings": about}
-        estimate.add({"settings": settings, "seconds": seconds})
-    estimate.add({"settings": settings, "points": []})  # a notebook's own record of the same defence
-    assert estimate.seconds(CELLS[1]) == estimate.seconds(CELLS[4]) == 40
-    assert estimate.seconds(FAILING) is estimate.seconds(CELLS[0]) is None  # other settings, no defence
-    assert estimate.text([CELLS[1], CELLS[4]], workers=2) == "about 00:40 left"
-    assert estimate.text([CELLS[0], CELLS[1]]) == "about 00:40 left, 1 of unknown length"
 
 
 # ---- other executors
@@ -336,26 +321,24 @@ def test_what_an_executor_loses_is_a_failure_of_that_cell(images):
     assert grid.failure_of(CELLS[0], images)["type"] == "BrokenProcessPool"
 
 
-def test_a_process_a_cell(tmp_path):
-    assert grid.Processes(1).threads == torch.get_num_threads()
-    with grid.Processes(2) as executor:
-        killed = executor.submit(os._exit, 7)
-        number = executor.submit(os.getpid)
-        with pytest.raises(RuntimeError, match="ended with exit status 7"):
-            killed.result()
-        assert number.result() != os.getpid()
-    with pytest.raises(grid.GridError, match="0 jobs"):
-        grid.Processes(0)
+def test_jobs_are_processes_that_share_the_threads():
+    with grid.executor(jobs=1) as executor:
+        assert executor.submit(os.getpid).result() != os.getpid()
+        assert executor.submit(torch.get_num_threads).result() == torch.get_num_threads()
+    with pytest.raises(grid.GridError, match="0 jobs"), grid.executor(jobs=0):
+        pass
 
 
-def test_an_interruption_ends_the_processes():
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), grid.Processes(1) as executor:
-        running, waiting = executor.submit(time.sleep, 600), executor.submit(time.sleep, 600)
-        while not executor.running:
-            time.sleep(0.01)
-        raise KeyboardInterrupt
-    assert time.monotonic() - started < 60 and running.done() and waiting.cancelled()
+def test_a_cell_whose_process_was_killed_is_tried_by_the_next_call(images, monkeypatch):
+    with monkeypatch.context() as patch, grid.executor(jobs=1) as executor:
+        patch.setattr(grid, "compute", kill_the_process)
+        assert grid.run(CELLS[:1], executor, data_dir=images) == {"there": 0, "failed": 1}
+    assert grid.failure_of(CELLS[0], images)["type"] == "BrokenProcessPool"
+    assert grid.run(CELLS[:1], data_dir=images) == {"there": 0, "done": 1}
+
+
+def kill_the_process(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 PROGRAM = """
@@ -363,7 +346,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import test_grid as t
 t.torch.set_num_threads(1)
-t.experiments.default_device = lambda: t.torch.device("cpu")
+t.experiment.default_device = lambda: t.torch.device("cpu")
 print(t.grid.run(t.CELLS, data_dir=sys.argv[2]))
 """
 
@@ -396,11 +379,12 @@ def wait_until(condition, *alive, seconds=300):
 def test_a_worker_needs_few_packages(images):
     program = f"""
 import sys
-from ibau import grid
-from ibau.experiments import VictimSettings
-from ibau.training import TrainSettings
+from ibau.study import grid
+from ibau.study.settings import VictimSettings
+from ibau.networks.training import TrainSettings
+from ibau.unlearning.ibau import IBAUSettings
 victim = VictimSettings("folder", width=0.125, training=TrainSettings(epochs=1), target=2)
-cells = [grid.Cell(victim), grid.Cell(victim, "ibau", grid.defences.IBAUSettings(rounds=1, held_out=0), 20)]
+cells = [grid.Cell(victim), grid.Cell(victim, "ibau", IBAUSettings(rounds=1, held_out=0), 20)]
 assert grid.run(cells, data_dir={images!r})["done"] == 2
 print(" ".join(sys.modules))
 """
@@ -456,8 +440,7 @@ def test_dask_over_tcp_with_a_worker_killed(undisturbed, images, runs, cluster):
                 killed.extend(kill_a_busy_one(runs, workers))
             time.sleep(0.005)
 
-    with grid.executor(scheduler=address, gpu=True) as (executor, count), ThreadPoolExecutor(1) as aside:
-        assert count == 2
+    with grid.executor(scheduler=address, gpu=True) as executor, ThreadPoolExecutor(1) as aside:
         running = aside.submit(grid.run, CELLS, executor, data_dir=images)
         watch(running)
         assert running.result() == {"there": 0, "done": len(CELLS)}
@@ -472,12 +455,16 @@ def test_dask_over_tcp_with_a_worker_killed(undisturbed, images, runs, cluster):
 def kill_a_busy_one(runs, workers):
     """Kill the worker that holds the lock of a record that is not there yet; that worker, if there is one."""
     for lock in (runs / "locks").glob("*.lock"):
-        found = re.search(r"process (\d+)", lock.read_text())
-        busy = [worker for worker in workers if found and worker.pid == int(found[1])]
+        busy = [worker for worker in workers if str(lock) in open_files(worker.pid)]
         if busy and f"{lock.stem}.json" not in stamps(runs):
             busy[0].kill()
             return busy
     return []
+
+
+def open_files(pid):
+    links = [os.path.join(f"/proc/{pid}/fd", number) for number in os.listdir(f"/proc/{pid}/fd")]
+    return {os.readlink(link) for link in links if os.path.islink(link)}
 
 
 def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
@@ -511,7 +498,7 @@ def test_a_dry_run_says_what_would_be_done(table, images, runs, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         *(f"to do   {cell}" for cell in (FAILING, *CELLS[:2])),
-        "3 cells: 0 there, 3 to do; 3 of unknown length",
+        "3 cells: 0 there, 3 to do",
     ]
     assert not runs.exists()
     grid.run([FAILING, CELLS[0]], data_dir=images)
@@ -520,20 +507,20 @@ def test_a_dry_run_says_what_would_be_done(table, images, runs, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"failed  {FAILING}: TrainingError: the loss became")
     assert lines[1:3] == [f"there   {CELLS[0]}", f"to do   {CELLS[1]}"]
-    assert lines[3] == "3 cells: 1 there, 2 to do; 2 of unknown length"
+    assert lines[3] == "3 cells: 1 there, 2 to do"
     assert stamps(runs) == before
 
 
 def test_the_command_runs_the_cells_and_publishes_them(table, images, runs, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_records, "figures_dir", lambda: tmp_path / "figures")
+    monkeypatch.setattr(records, "figures_dir", lambda: tmp_path / "figures")
     command = ["grid", "--table", "tiny", "--dataset", "folder", "--data", images, "--publish"]
     assert cli.main(command) == 1
     said = capsys.readouterr()
     assert said.out.splitlines()[-2:] == ["2 records are in figures/data", "0 there, 2 done, 1 failed"]
     assert "3/3 cells" in said.err
-    (published,) = study_records.recorded(tmp_path / "figures" / "data")
+    (published,) = Records().defences()
     assert published == read_record(grid.path_of(CELLS[1], images))
-    assert len(study_records.recorded_victims(tmp_path / "figures" / "data" / "victims")) == 1
+    assert len(Records().victims()) == 1
 
 
 @pytest.mark.parametrize(

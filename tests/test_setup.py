@@ -91,8 +91,12 @@ def test_every_imported_package_is_declared(root, project, kind):
             modules |= {alias.name.split(".")[0] for alias in statement.names}
         elif isinstance(statement, ast.ImportFrom) and statement.level == 0:
             modules.add(statement.module.split(".")[0])
-    ours = {"ibau": {"ibau"}, "notebooks": {"ibau"}, "benchmarks": {"ibau", "benchmarks"}}
-    ours = ours.get(kind) or {"ibau", "benchmarks", "conftest"}
+    ours = {
+        "ibau": {"ibau"},
+        "notebooks": {"ibau"},
+        "benchmarks": {"ibau", "benchmarks"},
+        "tests": {"ibau", "benchmarks", *(path.stem for path in (root / "tests").glob("*.py"))},
+    }[kind]
     # Dask is imported where it is used, which says what to install where it is missing.
     allowed = ranges(project, *(["test"] if kind == "tests" else ["notebooks", "study", "cluster"])).keys()
     homes = packages_distributions()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ibau.data.images import ImageSet
+from ibau.hypergradient.layers import exact_float32
 from ibau.measure.rates import accuracy
 from ibau.networks import models, training
 from ibau.networks.seeding import seeded
@@ -20,9 +21,9 @@ from ibau.networks.training import (
     TrainSettings,
     augmented,
     autocast,
-    exact_float32,
     learning_rate,
     native_bfloat16,
+    shifted,
     to_float,
     train,
 )
@@ -322,6 +323,19 @@ def test_every_augmented_image_is_a_shift_or_a_mirrored_shift(augment):
     assert share == 0 if augment == "crop" else 0.45 < share < 0.55
 
 
+def test_shifts_with_a_generator_repeat_themselves_and_mirror_the_edges():
+    images = torch.rand(50, 3, 6, 8)
+    draws = [shifted(images, (2, 3), "reflect", generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    assert torch.equal(*draws) and draws[0].shape == images.shape
+    padded = torch.nn.functional.pad(images, (3, 3, 2, 2), "reflect")
+    places = set()
+    for image, whole in zip(draws[0], padded, strict=True):
+        fits = [(i, j) for i in range(5) for j in range(7) if torch.equal(image, whole[:, i:, j:][:, :6, :8])]
+        places |= set(fits)
+        assert fits, "not a window of the padded image"
+    assert {i for i, _ in places} == set(range(5)) and {j for _, j in places} == set(range(7))
+
+
 def test_to_float():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8)
     assert torch.equal(to_float(images), torch.tensor([0.0, 0.2, 1.0]))
@@ -449,7 +463,7 @@ def test_exact_float32_overrides_torchs_newer_switches():
     """In a process of its own: the older flags cannot be read once the newer ones disagree."""
     program = """
         import torch
-        from ibau.networks.training import exact_float32
+        from ibau.hypergradient.layers import exact_float32
         switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
         for m in switches:
             m.fp32_precision = "tf32"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ibau.data.splits import load
-from ibau.study import experiment, zoo
-from ibau.study import records as study_records
+from ibau.networks import checkpoints
+from ibau.study import experiment, records, zoo
 from ibau.study.zoo import ZooError
 
 
@@ -72,10 +72,10 @@ def one_victim(tmp_path, monkeypatch):
     """A zoo of one model, which lies in `runs` under the name and in the precision it was trained with."""
     monkeypatch.setenv("IBAU_RUNS", str(tmp_path / "runs"))
     victim = zoo.load("mnist5k-badnets")
-    note = study_records.victim_path(victim.record["settings"])
-    experiment.models.save(victim.model, note.with_suffix(".safetensors"))
+    note = records.runs().path(victim.record["settings"])
+    checkpoints.save(victim.model, note.with_suffix(".safetensors"))
     victim.trigger.save(note.with_suffix(".badnets.trigger"))
-    study_records.write_record(note, victim.record)
+    records.write_record(note, victim.record)
     monkeypatch.setattr(zoo, "standard", lambda: {"one": victim.record})
     return victim
 
@@ -87,7 +87,7 @@ def test_the_zoo_is_made_from_the_runs(one_victim, tmp_path):
     for key, value in one_victim.model.state_dict().items():
         torch.testing.assert_close(made.model.state_dict()[key], value)
     assert torch.equal(made.trigger.pattern, one_victim.trigger.pattern) and made.attacks[0][1] == 8
-    weights = experiment.models.load_state(folder / "one.safetensors")
+    weights = checkpoints.load_state(folder / "one.safetensors")
     assert weights["classifier.weight"].dtype == torch.float16
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "zoo"]
 
@@ -104,10 +104,10 @@ def test_another_model_than_the_published_one_is_refused(one_victim, tmp_path, m
 
 
 def test_weights_that_half_precision_cannot_hold_are_refused(one_victim, tmp_path):
-    note = study_records.victim_path(one_victim.record["settings"])
+    note = records.runs().path(one_victim.record["settings"])
     with torch.no_grad():
         one_victim.model.classifier.bias[0] = 1e6
-    experiment.models.save(one_victim.model, note.with_suffix(".safetensors"))
+    checkpoints.save(one_victim.model, note.with_suffix(".safetensors"))
     with pytest.raises(ZooError, match="half precision"):
         zoo.make(tmp_path / "zoo")
 

@@ -9,6 +9,7 @@ from ibau.attacks.poisoning import ALL_TO_ALL, Poisoned, poison, poison_several,
 from ibau.attacks.smooth import smooth
 from ibau.attacks.trigger import Trigger
 from ibau.attacks.trojan import trojan_square, trojan_watermark
+from ibau.checks import known
 
 ATTACKS = {
     "badnets": badnets,
@@ -67,8 +68,7 @@ def make_trigger(attack: str, image_size: int, **inputs) -> Trigger:
 
 
 def _attack(name: str):
-    if name not in ATTACKS:
-        raise ValueError(f"unknown attack {name!r}; valid: {', '.join(ATTACKS)}")
+    known("attack", name, ATTACKS)
     return ATTACKS[name]
 
 

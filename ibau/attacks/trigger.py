@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ibau.checks import one_of
 from ibau.data.files import whole_file
 
 MODES = ("add", "replace", "blend")
@@ -33,8 +34,7 @@ class Trigger:
     settings: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"trigger mode is {self.mode!r}; valid: {', '.join(MODES)}")
+        one_of(self, "mode", MODES)
         if self.pattern.dim() != 3 or self.mask.shape != (1, *self.pattern.shape[1:]):
             raise ValueError(
                 f"trigger {self.name}: pattern {tuple(self.pattern.shape)} and mask {tuple(self.mask.shape)} "

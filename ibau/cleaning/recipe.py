@@ -21,7 +21,7 @@ from ibau.cleaning.perturbations import InnerProblem, perturbed
 from ibau.hypergradient.implicit import Hypergradient, implicit_hypergradient
 from ibau.hypergradient.layers import exact_float32
 from ibau.measure.intervals import Rate
-from ibau.networks.training import PRECISIONS, autocast
+from ibau.networks.training import PRECISIONS, autocast, shifted
 from ibau.unlearning.common import (
     COLLAPSE,
     Guard,
@@ -31,7 +31,6 @@ from ibau.unlearning.common import (
     batches,
     cosine,
     line_of,
-    numbers,
     prepare,
     set_rate,
 )
@@ -172,7 +171,7 @@ class _Run:
         for step in range(settings.outer_steps):
             set_rate(self.optimizer, cosine(self.guard.rate, (taken + step) / in_all))
             h = _outer_step(inner, found.delta, *self._batch(), self.optimizer, self.generator)
-            steps.append(numbers(h))
+            steps.append(h.numbers())
         line = line_of(found, steps, solved - began, time.perf_counter() - began)
         about = {"area": area, "aim": aim}
         return {**line, **{name: value for name, value in about.items() if value is not None}}, found.delta
@@ -230,7 +229,8 @@ class _Run:
         images, targets = next(self.batches)
         images = arranged(images, self.model)
         if self.teacher:
-            images = arranged(_shifted(images, self.generator), self.model)
+            most = images.shape[-2] // 8, images.shape[-1] // 8  # what comes in mirrors the edge
+            images = arranged(shifted(images, most, "reflect", generator=self.generator), self.model)
             with torch.no_grad(), autocast(images.device, self.settings.precision):
                 targets = self.teacher(images.clone()).float().softmax(1)
         return self._with_earlier(images) if self.earlier else images, targets
@@ -282,14 +282,3 @@ def _outer_step(
     h = implicit_hypergradient(outer, inner.phi, delta, inner.weights(), **how)
     follow(h, inner.model, optimizer)
     return h
-
-
-def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to an eighth of its side along either axis; what comes in mirrors the edge."""
-    n, _, height, width = images.shape
-    high, wide = height // 8, width // 8
-    padded = F.pad(images, (wide, wide, high, high), mode="reflect")
-    rows = torch.randint(0, 2 * high + 1, (n, 1), generator=generator) + torch.arange(height)
-    columns = torch.randint(0, 2 * wide + 1, (n, 1), generator=generator) + torch.arange(width)
-    index, rows, columns = (t.to(images.device) for t in (torch.arange(n)[:, None, None], rows, columns))
-    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from ibau.data.cache import Source, Whole
-from ibau.data.folders import class_folders, missing, resized, scan, source_of, stamp
+from ibau.data.folders import class_folders, missing, resized, source_of, stamp, state_of
 from ibau.data.images import DataError, some
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -20,10 +20,10 @@ def cifar10(root: Path, image_size: int, download: bool) -> Source:
 
         fetch(partial(CIFAR10, root, download=True), root, CIFAR10.url)
     if batches.is_dir():
-        return Source(stamp(scan(batches, suffixes=None)), lambda: _cifar10_batches(root, image_size))
+        states = [state_of(path) for path in sorted(batches.iterdir())]
+        return Source(stamp(states), lambda: _cifar10_batches(root, image_size))
     if archive.is_file():
-        stat = archive.stat()
-        return Source(stamp(stat.st_size, stat.st_mtime_ns), lambda: _cifar10_archive(archive, image_size))
+        return Source(stamp(state_of(archive)), lambda: _cifar10_archive(archive, image_size))
     if not (root / "train").is_dir():
         raise missing(
             "cifar10",

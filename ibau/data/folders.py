@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -9,89 +10,82 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.datasets.folder import make_dataset
 from tqdm import tqdm
 
 from ibau.data.cache import Source, Whole
 from ibau.data.images import DataError, ImageSet, some
 
-
-class File(NamedTuple):
-    path: str
-    size: int  # bytes
-    modified: int  # ns
-
-
-class Item(NamedTuple):
-    file: File
-    label: int
-    box: tuple[float, ...] | None = None  # left, upper, right, lower, as fractions of width and height
-    track: int = 0  # of GTSRB's training frames: those of one physical sign
-
-
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 DECODER = 1  # raise this when the same files come to be decoded differently: old caches are then stale
 
 
+class Item(NamedTuple):
+    """An image file, not read yet."""
+
+    path: str
+    label: int
+    box: tuple[float, ...] | None = None  # left, upper, right, lower, as fractions of width and height
+    track: int | None = None  # of GTSRB's training frames: the same for those of one physical sign
+
+
 def stamp(*parts) -> str:
+    """A hash of these, and of how images are decoded."""
     return hashlib.sha256(repr((DECODER, *parts)).encode()).hexdigest()
 
 
-# Folders and files
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+def state_of(path: str | Path) -> tuple[str, int, int]:
+    """What shows that a file has changed: its path, its size in bytes, its time of modification in ns."""
+    try:
+        found = os.stat(path)
+    except OSError as error:  # such as a link to nowhere
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    return str(path), found.st_size, found.st_mtime_ns
+
+
+# Finding
+def is_image(path: str | Path) -> bool:
+    """Has this file the name of an image, and is it not hidden?"""
+    name = os.path.basename(path)
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def subfolders(folder: Path) -> tuple[str, ...]:
+    """The names of the folders in it, sorted as torchvision's ImageFolder sorts them; without hidden ones."""
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+
+
+def labelled(root: Path, names: Sequence[str], classes: tuple[str, ...]) -> list[Item]:
+    """The images in and below root/<name>/ for these names, labelled by the name's place in `classes`.
+
+    Raises DataError for a folder without images.
+    """
+    try:
+        found = make_dataset(root, {name: classes.index(name) for name in names}, is_valid_file=is_image)
+    except FileNotFoundError as error:
+        raise DataError(f"{root}: {error}Looked for {', '.join(IMAGE_SUFFIXES)}") from None
+    return [Item(path, label) for path, label in found]
 
 
 def class_folders(root: Path) -> tuple[list[Item], list[Item], tuple[str, ...]]:
     """Items of train/ and test/, and the class names: the sorted names of train's folders."""
-    classes = subfolders(root / "train")
+    train, test = root / "train", root / "test"
+    classes = subfolders(train)
     if len(classes) < 2:
-        raise DataError(f"{root / 'train'}: it takes at least two class folders, found {some(classes)}")
-    if not (root / "test").is_dir():
-        raise DataError(f"{root / 'test'} is missing; expected class folders in it, as in {root / 'train'}")
-    test_classes = subfolders(root / "test")
+        raise DataError(f"{train}: it takes at least two class folders, found {some(classes)}")
+    if not test.is_dir():
+        raise DataError(f"{test} is missing; expected class folders in it, as in {train}")
+    test_classes = subfolders(test)
     strange = sorted(set(test_classes) - set(classes))
     if strange:
-        raise DataError(
-            f"{root / 'test'}: class {some(strange)} is not in {root / 'train'} ({some(classes)})"
-        )
+        raise DataError(f"{test}: class {some(strange)} is not in {train} ({some(classes)})")
     if not test_classes:
-        raise DataError(f"{root / 'test'} has no class folders; expected some of {some(classes)}")
-
-    def items(split: str, names: tuple[str, ...]) -> list[Item]:
-        return [Item(file, classes.index(name)) for name in names for file in scan(root / split / name)]
-
-    return items("train", classes), items("test", test_classes), classes
-
-
-def subfolders(folder: Path) -> tuple[str, ...]:
-    folders = (entry.name for entry in folder.iterdir() if entry.is_dir())
-    return tuple(sorted(name for name in folders if not name.startswith(".")))
-
-
-def scan(folder: Path, suffixes: tuple[str, ...] | None = IMAGE_SUFFIXES) -> list[File]:
-    """The images below a folder, sorted by path; hidden files and folders are skipped. None is an error."""
-    files, pending = [], [folder]
-    while pending:
-        with os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    pending.append(entry.path)
-                elif suffixes is None or entry.name.lower().endswith(suffixes):
-                    files.append(_stat(entry))
-    if not files:
-        raise DataError(f"{folder} has no images in it (looked for {', '.join(suffixes or ['any file'])})")
-    return sorted(files)
-
-
-def _stat(entry: os.DirEntry) -> File:
-    try:
-        stat = entry.stat()
-    except OSError as error:  # such as a link to nowhere
-        raise DataError(f"cannot read image {entry.path}: {error.strerror}") from error
-    return File(entry.path, stat.st_size, stat.st_mtime_ns)
+        raise DataError(f"{test} has no class folders; expected some of {some(classes)}")
+    return labelled(train, classes, classes), labelled(test, test_classes, classes), classes
 
 
 def missing(name: str, root: Path, expected: str, downloadable: bool = True) -> DataError:
+    """The error to raise where a data set is not there."""
     remedy = "give the folder that holds it as data_dir"
     if downloadable:
         remedy += ", or load with download=True (--download)"
@@ -126,18 +120,18 @@ def load_folder(root: str | Path, image_size: int, classes: tuple[str, ...] = ()
     if strange or not found:
         raise DataError(f"{root}: class folders {some(strange)}; expected some of {some(classes)}")
     classes = classes or found
-    items = [Item(file, classes.index(name)) for name in found for file in scan(root / name)]
+    items = labelled(root, found, classes)
     skipped, images, labels = [], [], []
     for item in items:
         try:
-            images.append(_read(item, image_size))
+            images.append(read(item, image_size))
             labels.append(item.label)
         except DataError as error:
-            reason = str(error.__cause__ or error).replace(repr(item.file.path), "it")
-            skipped.append((item.file.path, reason.splitlines()[0] if reason else "damaged"))
-    sizes = sorted({image.shape[1] for image in images})
+            reason = str(error.__cause__ or error).replace(repr(item.path), "it")
+            skipped.append((item.path, reason.splitlines()[0] if reason else "damaged"))
     if not images:
         raise DataError(f"{root}: none of its {len(items)} images decodes ({skipped[0][0]}: {skipped[0][1]})")
+    sizes = sorted({image.shape[1] for image in images})
     if len(sizes) > 1:
         raise DataError(f"{root}: images of {some(sizes)} pixels; give the model's own size as image_size")
     data = ImageSet(torch.from_numpy(np.stack(images)), torch.tensor(labels))
@@ -153,28 +147,22 @@ def save_folder(data: ImageSet, root: str | Path, classes: tuple[str, ...]) -> N
 
 
 # Decoding
-def source_of(
-    train: list[Item],
-    test: list[Item],
-    classes: tuple[str, ...],
-    image_size: int,
-    *,
-    tracks: bool = False,
-) -> Source:
-    def decode() -> Whole:
-        numbers = torch.tensor([item.track for item in train]) if tracks else None
-        return Whole(
-            _decoded(train, image_size, "train"), _decoded(test, image_size, "test"), classes, numbers
-        )
+def source_of(train: list[Item], test: list[Item], classes: tuple[str, ...], image_size: int) -> Source:
+    """The data set of these files. Where training images have tracks, so has what it decodes to."""
 
-    return Source(stamp(train, test, classes), decode)
+    def decode() -> Whole:
+        tracks = [item.track for item in train]
+        images = _decoded(train, image_size, "train"), _decoded(test, image_size, "test")
+        return Whole(*images, classes, None if None in tracks else torch.tensor(tracks))
+
+    return Source(stamp([(*item[1:], state_of(item.path)) for item in train + test], classes), decode)
 
 
 def _decoded(items: list[Item], image_size: int, split: str) -> ImageSet:
     images = np.empty((len(items), 3, image_size, image_size), np.uint8)
 
     def decode(i: int) -> None:
-        images[i] = _read(items[i], image_size)
+        images[i] = read(items[i], image_size)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL lets other threads run while it decodes
         done = pool.map(decode, range(len(items)))
@@ -183,12 +171,13 @@ def _decoded(items: list[Item], image_size: int, split: str) -> ImageSet:
     return ImageSet(torch.from_numpy(images), torch.tensor([item.label for item in items]))
 
 
-def _read(item: Item, image_size: int) -> np.ndarray:
+def read(item: Item, image_size: int) -> np.ndarray:
+    """(3, image_size, image_size) uint8, see `_square`. Raises DataError for a file that does not decode."""
     try:
-        with Image.open(item.file.path) as image:
+        with Image.open(item.path) as image:
             return _square(image, image_size, item.box)
     except Exception as error:  # PIL's plug-ins raise errors of many kinds on damaged files
-        raise DataError(f"cannot read image {item.file.path}: {error}; replace or remove it") from error
+        raise DataError(f"cannot read image {item.path}: {error}; replace or remove it") from error
 
 
 def resized(images: np.ndarray, labels, image_size: int) -> ImageSet:

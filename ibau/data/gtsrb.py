@@ -1,26 +1,21 @@
 """GTSRB, the German traffic signs: frames cut to their signs, in tracks of one physical sign."""
 
 import csv
-import os
 import re
 from functools import partial
 from pathlib import Path
 
 from ibau.data.cache import Source
 from ibau.data.cifar10 import fetch
-from ibau.data.folders import Item, missing, scan, source_of
+from ibau.data.folders import Item, is_image, missing, source_of
 from ibau.data.images import DataError, some
 
 GTSRB_URL = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
-
-
 GTSRB_ARCHIVES = {  # with MD5 sums. torchvision's GTSRB takes another, of 26,640 training images
     "GTSRB_Final_Training_Images.zip": "f33fd80ac59bff73c82d25ab499e03a3",
     "GTSRB_Final_Test_Images.zip": "c7e4e6327067d32654124b0fe9e82185",
     "GTSRB_Final_Test_GT.zip": "fe31e9c9270bbcd7b84b7f21a9d9d9e5",
 }
-
-
 GTSRB_SIGNS = (
     "speed limit 20", "speed limit 30", "speed limit 50", "speed limit 60", "speed limit 70",
     "speed limit 80", "end of speed limit 80", "speed limit 100", "speed limit 120", "no overtaking",
@@ -82,16 +77,15 @@ def _gtsrb_frames(root: Path, image_size: int) -> Source:
     strange = sorted({item.label for item in test} - set(range(len(GTSRB_SIGNS))))
     if strange:
         raise DataError(f"{table}: ClassId {some(strange)} is not among the training classes, 0 to 42")
-    return source_of(
-        train, test, tuple(f"{i:02d} {sign}" for i, sign in enumerate(GTSRB_SIGNS)), image_size, tracks=True
-    )
+    classes = tuple(f"{i:02d} {sign}" for i, sign in enumerate(GTSRB_SIGNS))
+    return source_of(train, test, classes, image_size)
 
 
 def _track(item: Item) -> int:
     """A number for the track a training frame belongs to, from its name, TTTTT_FFFFF."""
-    name = Path(item.file.path).stem
+    name = Path(item.path).stem
     if not re.fullmatch(r"\d{5}_\d{5}", name):
-        raise DataError(f"{item.file.path}: a training frame is named by track and frame, as 00007_00012.ppm")
+        raise DataError(f"{item.path}: a training frame is named by track and frame, as 00007_00012.ppm")
     return 100_000 * item.label + int(name[:5])
 
 
@@ -103,7 +97,7 @@ def _annotated(table: Path, folder: Path) -> list[Item]:
         rows = list(csv.DictReader(file, delimiter=";", skipinitialspace=True))
     if not rows:
         raise DataError(f"annotations {table} are empty; unpack the archive of {folder.parent} again")
-    files = {os.path.basename(file.path): file for file in scan(folder)}
+    files = {path.name for path in folder.iterdir() if is_image(path)}
     items, lost = [], []
     for line, row in enumerate(rows, start=2):
         try:
@@ -113,7 +107,8 @@ def _annotated(table: Path, folder: Path) -> list[Item]:
                 f"{table}, line {line}: needs Filename, ClassId and a Roi inside Width x Height, got {row}"
             ) from error
         if name in files:
-            items.append(Item(files.pop(name), label, box))
+            files.remove(name)
+            items.append(Item(str(folder / name), label, box))
         else:
             lost.append(name)
     if lost:

@@ -76,5 +76,6 @@ def balanced_order(labels: Tensor, seed) -> np.ndarray:
 
 
 def some(names) -> str:
+    """The first five names, and how many there are, for a message."""
     names = [str(name) for name in names]
     return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "") or "none"

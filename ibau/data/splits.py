@@ -5,8 +5,9 @@
     splits = load("gtsrb", "data/gtsrb", clean_size=100)
     splits = load("folder", "my/images", image_size=64)    # train/<class>/*.png and test/<class>/*.png
 
-The attacker poisons `train`. The test split is cut into two halves that share no image: the defender's
-(`clean`, and `heldout` for choosing settings) and `test`. Nothing is measured on images a defence has seen.
+The attacker poisons `train`. The defender has `clean`, and `heldout` to choose settings with; `test`
+measures. The defender's images and `test` are two halves of the test split, which share no image, so that
+nothing is measured on images a defence has seen.
 
 GTSRB is video: some 30 consecutive frames, a track, show one physical sign, and random halves of its test
 split would share signs. The defender's images are therefore whole tracks taken out of the training split, the
@@ -94,29 +95,32 @@ def _by_tracks(name: str, whole: Whole, seed: int):
     """Training images, the defender's, held-out ones, and the test split, of which no two share a track.
 
     Held out is one track a class. The defender has so many tracks that they hold CLEAN_SIZE frames, classes
-    in proportion and at least one track a class. Its frames come in an order whose prefixes hold the classes
-    in proportion and mix the tracks.
+    in proportion and at least one track a class; at least one a class is left to train on. The defender's
+    frames come in an order whose prefixes hold the classes in proportion and mix the tracks.
     """
     tracks, first, inverse = np.unique(whole.tracks.numpy(), return_index=True, return_inverse=True)
-    labels = whole.train.labels[torch.from_numpy(first)]  # of each track
+    frames = np.bincount(inverse)  # of each track
+    labels = whole.train.labels[torch.from_numpy(first)]
     order = balanced_order(labels, (seed, 1))
-    by_class = [order[labels.numpy()[order] == label] for label in np.unique(labels)]
-    if min(map(len, by_class)) < 3:
-        raise DataError(f"{name}: a class has fewer than 3 tracks: train, clean and heldout take one each")
-    held = {tracks_of_class[-1] for tracks_of_class in by_class}
-    chosen = {tracks_of_class[0] for tracks_of_class in by_class}
-    frames = np.bincount(inverse)
+    by_class = [order[labels.numpy()[order] == label] for label in range(len(whole.classes))]
+    for label, found in zip(whole.classes, by_class, strict=True):
+        if len(found) < 3:
+            raise DataError(
+                f"{name}: class {label} has {len(found)} tracks; train, clean and heldout each take one"
+            )
+    chosen = {found[0] for found in by_class}
+    reserved = {track for found in by_class for track in found[-2:]}  # the last is held out
     for track in order:
-        if sum(frames[list(chosen)]) >= CLEAN_SIZE[name]:
+        if frames[list(chosen)].sum() >= CLEAN_SIZE[name]:
             break
-        chosen |= {track} - held
-    mine, out = (np.isin(inverse, list(some)) for some in (chosen, held))
+        chosen |= {track} - reserved
+    mine, out = (np.isin(inverse, part) for part in (list(chosen), [found[-1] for found in by_class]))
     defender = whole.train.take(mine)
     defender = defender.take(balanced_order(defender.labels, (seed, 2)))
     return whole.train.take(~(mine | out)), defender, whole.train.take(out), whole.test
 
 
-MNIST_SPLIT_SEED = 0
+MNIST_SPLIT_SEED = 0  # of its own train/test split, which is the same for every seed
 
 
 def _mnist5k(root: Path, image_size: int, download: bool) -> Source:

@@ -1,4 +1,4 @@
-"""The defences, behind one signature (see `protocol.Defence`):
+"""The defences, behind one signature (see `base.Defence`):
 
     defended = defence("finetune")(model, clean, settings=quick("finetune"), seed=0)
 

@@ -42,14 +42,16 @@ class Defended:
 class Defence:
     """A defence by its label, the function that runs it, its settings class, and what it may see.
 
-    sees  "clean": a small clean set; "nothing": no data at all; "poisoned": the attacker's training set,
-          from which it trains anew
+    sees     "clean": a small clean set; "nothing": no data at all; "poisoned": the attacker's training set,
+             from which it trains anew
+    version  raised when the defence computes something else with the same settings; part of a record's key
     """
 
     label: str
     function: Callable[..., Defended]
     settings: type
     sees: str = "clean"
+    version: int = 1
 
     def __call__(
         self,

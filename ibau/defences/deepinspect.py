@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ibau.checks import not_negative, one_of, positive, within
 from ibau.data.images import ImageSet
 from ibau.defences.base import Defended
 from ibau.defences.inversion import (
@@ -76,23 +77,15 @@ class DeepInspectSettings:
     precision: str = "auto"  # bfloat16 where the device multiplies it natively, else float32
 
     def __post_init__(self):
-        positive = ("inverted", "inversion_steps", "inversion_lr", "noise", "steps", "batch_size", "lr")
-        for name in (*positive, "weight", "patience", "patch_epochs", "patch_lr", "image_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("smoothness", "gamma1", "gamma"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("success", "stamped"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie strictly between 0 and 1")
+        positive(self, "inverted", "inversion_steps", "inversion_lr", "noise", "steps", "batch_size", "lr")
+        positive(self, "weight", "patience", "patch_epochs", "patch_lr", "image_size")
+        not_negative(self, "smoothness", "gamma1", "gamma")
+        within(self, "(0, 1)", "success", "stamped")
+        within(self, "(1, inf)", "factor")
         if self.image_size % 4:
             raise ValueError(f"image_size is {self.image_size}; it must be a multiple of 4")
-        if not self.factor > 1:
-            raise ValueError(f"factor is {self.factor}; it must be more than 1")
-        for name, valid in (("unflagged", POLICIES), ("precision", PRECISIONS)):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; valid: {', '.join(valid)}")
+        one_of(self, "unflagged", POLICIES)
+        one_of(self, "precision", PRECISIONS)
 
     @classmethod
     def quick(cls, **other) -> "DeepInspectSettings":

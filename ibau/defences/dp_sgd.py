@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from ibau.checks import one_of, positive, within
 from ibau.data.images import ImageSet
 from ibau.defences.base import Defended
 from ibau.networks.models import device_of
@@ -43,15 +44,11 @@ class DPSGDSettings:
     chunk: int = 128  # images whose gradients are held in memory at once
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "lr", "clip", "groups", "chunk"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        if not 0 <= self.noise < math.inf:
-            raise ValueError(f"noise is {self.noise}; it must be finite and not negative")
+        positive(self, "epochs", "batch_size", "lr", "clip", "groups", "chunk")
+        within(self, "[0, inf)", "noise")
         if self.noise and math.isinf(self.clip):
             raise ValueError("clip is inf; noise is in its units, so it must be finite, or noise 0")
-        if self.augment not in AUGMENTS:
-            raise ValueError(f"augment is {self.augment!r}; valid: {', '.join(AUGMENTS)}")
+        one_of(self, "augment", AUGMENTS)
 
     @classmethod
     def quick(cls) -> "DPSGDSettings":

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ibau.checks import within
 from ibau.data.images import ImageSet
 from ibau.defences.base import Defended
 from ibau.defences.finetune import clean_split, held_out_accuracy
@@ -22,8 +23,7 @@ class FinePruningSettings:
     held_out: float = 0.2  # share of the clean images that pruning is judged on, 500 at most
 
     def __post_init__(self):
-        if not 0 <= self.tolerance <= 1:
-            raise ValueError(f"tolerance is {self.tolerance}; it must lie in [0, 1]")
+        within(self, "[0, 1]", "tolerance")
 
     @classmethod
     def quick(cls) -> "FinePruningSettings":

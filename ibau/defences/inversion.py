@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ibau.checks import one_of, positive, within
 from ibau.data.images import ImageSet
 from ibau.defences.base import Defended, hold_out
 from ibau.networks.models import device_of
@@ -60,20 +61,14 @@ class ReverseSettings:
     precision: str = "auto"  # bfloat16 where the device multiplies it natively, else float32
 
     def __post_init__(self):
-        positive = ("steps", "batches", "batch_size", "lr", "weight", "patience", "stop_after")
-        for name in (*positive, "patch_epochs", "patch_batch_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("success", "held_out", "stamped"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie strictly between 0 and 1")
-        if not self.factor > 1:
-            raise ValueError(f"factor is {self.factor}; it must be more than 1")
+        positive(self, "steps", "batches", "batch_size", "lr", "weight", "patience", "stop_after")
+        positive(self, "patch_epochs", "patch_batch_size")
+        within(self, "(0, 1)", "success", "held_out", "stamped")
+        within(self, "(1, inf)", "factor")
         if not self.patch_lrs or min(self.patch_lrs) <= 0:
             raise ValueError(f"patch_lrs is {self.patch_lrs}; it takes one positive rate or more")
-        for name, valid in (("unflagged", POLICIES), ("precision", PRECISIONS)):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; valid: {', '.join(valid)}")
+        one_of(self, "unflagged", POLICIES)
+        one_of(self, "precision", PRECISIONS)
 
 
 @dataclass(frozen=True, eq=False)

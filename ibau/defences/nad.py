@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from ibau.checks import one_of, positive
 from ibau.data.images import ImageSet
 from ibau.defences.base import Defended
 from ibau.defences.finetune import clean_split, held_out_accuracy
@@ -45,15 +46,12 @@ class NADSettings:
     held_out: float = 0.2  # share of the clean images that is only watched, 500 at most
 
     def __post_init__(self):
-        for name in ("p", "teacher_epochs", "epochs", "lr", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        positive(self, "p", "teacher_epochs", "epochs", "lr", "batch_size")
         if not self.betas or min(self.betas) < 0:
             raise ValueError(f"betas are {self.betas}; there must be one or more, none of them negative")
         if self.stages and len(self.stages) != len(self.betas):
             raise ValueError(f"stages {self.stages} and betas {self.betas} must be as many")
-        if self.augment not in AUGMENTS:
-            raise ValueError(f"augment is {self.augment!r}; valid: {', '.join(AUGMENTS)}")
+        one_of(self, "augment", AUGMENTS)
 
     @classmethod
     def quick(cls) -> "NADSettings":

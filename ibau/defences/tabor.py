@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibau.checks import not_negative
 from ibau.data.images import ImageSet
 from ibau.defences.base import Defended
 from ibau.defences.inversion import Classify, ReverseSettings, Triggers, cleanse, fooled, stamp, success_rates
@@ -48,9 +49,7 @@ class TaborSettings(ReverseSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("r1_mask", "r1_pattern", "r2_mask", "r2_pattern", "r3", "r4"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        not_negative(self, "r1_mask", "r1_pattern", "r2_mask", "r2_pattern", "r3", "r4")
 
     @classmethod
     def quick(cls, **other) -> "TaborSettings":

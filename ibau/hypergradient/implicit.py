@@ -15,9 +15,11 @@ Nothing larger than delta is ever inverted and, save in `dense`, no matrix is fo
 Jacobian or a Hessian is a single backward pass through one recorded evaluation.
 
 Every solver is called as `solve(matvec, b, *, maxiter, tol=0.0, verify=True) -> Solution`, and starts at
-x = 0. None but `neumann` returns anything worse than that, and none multiplies a zero vector. With `verify`
-False no product is spent on nothing but the residual of the x that is returned: a caller who multiplies x
-anyway, as the hypergradient does, gets that residual for nothing.
+x = 0. None but `neumann` returns anything worse than that, and on a CPU none multiplies a zero vector. With
+`verify` False no product is spent on nothing but the residual of the x that is returned: a caller who
+multiplies x anyway, as the hypergradient does, gets that residual for nothing.
+
+Losses, residuals and the like of the default solver stay on the device until they are read.
 """
 
 import math
@@ -27,8 +29,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ibau.hypergradient.solvers import Solution, Solver, conjugate_gradient, fixed_point, neumann
+from ibau.hypergradient.solvers import Solution, Solver, conjugate_gradient, fixed_point, neumann, settled
 
 ON_SPHERE = 1e-4  # |delta| within this share of the radius lies on the sphere
 
@@ -37,19 +40,31 @@ ON_SPHERE = 1e-4  # |delta| within this share of the radius lies on the sphere
 class Hypergradient:
     """The two terms of d psi / d theta, one tensor a parameter, and how far they can be trusted.
 
+    loss          H_out(delta, theta)
     stationarity  how far delta is from what the theory assumes, 0 being exact; relative, and defined by the
                   function that made this
     solution      of the linear system; its residual bounds the implicit term's relative truncation error,
                   up to the system's condition number
     multiplier    lambda of the constraint |delta| <= radius; 0 in its interior and where there is none
+
+    The first two may lie on delta's device, as `value` and `gap`. To read a number as a float waits for the
+    device; `numbers` has those of an algorithm's history in one tensor, without a wait.
     """
 
     direct: tuple[Tensor, ...]
     implicit: tuple[Tensor, ...]
-    loss: float
-    stationarity: float
+    value: float | Tensor
+    gap: float | Tensor
     solution: Solution
     multiplier: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        return float(self.value)
+
+    @property
+    def stationarity(self) -> float:
+        return float(self.gap)
 
     @property
     def total(self) -> tuple[Tensor, ...]:
@@ -59,7 +74,18 @@ class Hypergradient:
     @property
     def ratio(self) -> float:
         """|implicit| / |direct|."""
-        return (_norm(self.implicit) / max(_norm(self.direct), 1e-30)).item()
+        return self._ratio().item()
+
+    def numbers(self) -> Tensor:
+        """(4,), on the device: loss, |implicit| / |direct|, the linear system's residual and contraction."""
+        ratio = self._ratio()
+        found = (self.value, ratio, self.solution.rest, self.solution.factor)
+        return torch.stack(
+            [n.to(ratio) if isinstance(n, Tensor) else torch.full_like(ratio, n) for n in found]
+        )
+
+    def _ratio(self) -> Tensor:
+        return _norm(self.implicit) / _norm(self.direct).clamp_min(1e-30)
 
 
 @torch.enable_grad()
@@ -93,8 +119,9 @@ def implicit_hypergradient(
     delta, params, loss, b, direct = _outer_gradients(outer, delta, params)
     if maxiter == 0:
         return _direct_alone(direct, loss, b)
-    step = phi(delta, params)
-    stationarity = ((step - delta).detach().norm() / delta.detach().norm().clamp_min(1e-12)).item()
+    with _twice_differentiable():
+        step = phi(delta, params)
+    stationarity = (step - delta).detach().norm() / delta.detach().norm().clamp_min(1e-12)
 
     def i_minus_jt(v: Tensor) -> Tensor:
         """(I - dPhi/ddelta)^T v"""
@@ -103,12 +130,13 @@ def implicit_hypergradient(
     with products or nullcontext():
         solution = solve(i_minus_jt, b, maxiter=maxiter, tol=tol, verify=False)
         jt_v, *implicit = _vjp(step, [delta, *params], solution.x)
-    if solution.x.any():
-        residual = ((b - solution.x + jt_v).norm() / b.norm()).item()
-        solution = replace(solution, residual=residual)
-        if not residual <= 1 and solve is not neumann:
-            implicit = [torch.zeros_like(p) for p in params]
-            solution = replace(solution, x=torch.zeros_like(b), residual=1.0)
+    residual = torch.where(b.any(), (b - solution.x + jt_v).norm() / b.norm(), 0.0)
+    solution = replace(solution, rest=residual)
+    better = residual <= 1  # than v = 0
+    if solve is not neumann and not settled(better):
+        implicit = [torch.where(better, i, 0.0) for i in implicit]
+        x, rest = torch.where(better, solution.x, 0.0), torch.where(better, residual, 1.0)
+        solution = replace(solution, x=x, rest=rest)
     return Hypergradient(direct, tuple(implicit), loss, stationarity, solution)
 
 
@@ -150,7 +178,8 @@ def kkt_hypergradient(
         raise ValueError(f"|delta| is {norm.item():.6g}, outside the ball of radius {radius:g}")
     if maxiter == 0:
         return _direct_alone(direct, loss, b)
-    (g,) = torch.autograd.grad(inner(delta, params), delta, create_graph=True)
+    with _twice_differentiable():
+        (g,) = torch.autograd.grad(inner(delta, params), delta, create_graph=True)
     at, slope = delta.detach(), g.detach()
     multiplier = 0.0
     if norm >= radius * (1 - ON_SPHERE):
@@ -197,13 +226,15 @@ def unrolled_hypergradient(
     if steps < 0:
         raise ValueError(f"steps is {steps}; it must be at least 0")
     theta = [p.detach().requires_grad_() for p in params]
-    delta, move, contraction = delta0.detach().requires_grad_(), math.nan, math.nan
+    delta, contraction = delta0.detach().requires_grad_(), math.nan
+    move = torch.full_like(delta0.detach().norm(), math.nan)
     for _ in range(steps):
-        before, delta = delta, phi(delta, theta)
-        previous, move = move, (delta - before).detach().norm().item()
-        contraction = move / previous if previous > 0 else 0.0
+        with _twice_differentiable():
+            before, delta = delta, phi(delta, theta)
+        previous, move = move, (delta - before).detach().norm()
+        contraction = torch.where(previous > 0, move / previous, 0.0)
     _, _, loss, b, direct = _outer_gradients(outer, delta, params)
-    stationarity = move / max(delta.detach().norm().item(), 1e-12)
+    stationarity = move / delta.detach().norm().clamp_min(1e-12)
     nothing = Solution(torch.zeros_like(b), math.nan, steps, contraction)
     return Hypergradient(direct, _vjp(delta, theta, b), loss, stationarity, nothing)
 
@@ -215,23 +246,28 @@ def project_l2(x: Tensor, radius: float) -> Tensor:
     return x * (radius / x.norm().clamp_min(1e-12)).clamp_max(1.0)
 
 
+def _twice_differentiable():
+    """Within, attention is computed by matrix products: torch's fused kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 def _outer_gradients(outer, delta: Tensor, params: Sequence[Tensor]):
     """Fresh leaves for delta and params, the outer loss there, and its gradients in one backward pass."""
     delta = delta.detach().requires_grad_()
     params = [p.detach().requires_grad_() for p in params]
     loss = outer(delta, params)
     b, *direct = torch.autograd.grad(loss, [delta, *params], materialize_grads=True)
-    return delta, params, loss.item(), b, tuple(direct)
+    return delta, params, loss.detach(), b, tuple(direct)
 
 
-def _direct_alone(direct: tuple[Tensor, ...], loss: float, b: Tensor) -> Hypergradient:
+def _direct_alone(direct: tuple[Tensor, ...], loss: Tensor, b: Tensor) -> Hypergradient:
     nothing = Solution(torch.zeros_like(b), 1.0, 0, 0.0, stopped="maxiter")
     return Hypergradient(direct, tuple(torch.zeros_like(d) for d in direct), loss, math.nan, nothing)
 
 
 def _vjp(output: Tensor, inputs: Sequence[Tensor], v: Tensor) -> tuple[Tensor, ...]:
     """(d output / d inputs)^T v: one backward pass, or none where it is known to be 0."""
-    if not output.requires_grad or not v.any():
+    if not output.requires_grad or settled(~v.any()):
         return tuple(torch.zeros_like(i) for i in inputs)
     return torch.autograd.grad(output, inputs, v, retain_graph=True, materialize_grads=True)
 

@@ -133,6 +133,8 @@ def _replace(model: nn.Module, fold: bool) -> nn.Module:
             module.__class__ = FixedBatchNorm2d
         elif type(module) is nn.ELU and module.alpha == 1:
             module.__class__ = ELU
+        elif type(module) is nn.Hardsigmoid:
+            module.__class__ = Hardsigmoid
     for module in model.modules():
         if fold and type(module) is nn.Sequential:
             for first, second in itertools.pairwise(module):
@@ -146,7 +148,7 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo `cheapen`."""
     for module in model.modules():
         module.__dict__.pop("norm", None)
-        if type(module) in (Conv2d, FixedBatchNorm2d, FoldedBatchNorm2d, ELU):
+        if type(module) in (Conv2d, FixedBatchNorm2d, FoldedBatchNorm2d, ELU, Hardsigmoid):
             module.__class__ = next(c for c in type(module).__mro__ if c.__module__.startswith("torch."))
     return model
 
@@ -311,3 +313,10 @@ def _backward(g: Tensor, x: Tensor | torch.Size, w: Tensor | torch.Size, how: tu
 def _low(dtype: torch.dtype) -> torch.dtype:
     """What to multiply numbers of this type in."""
     return torch.bfloat16 if _reduced and dtype == torch.float32 else dtype
+
+
+class Hardsigmoid(nn.Hardsigmoid):
+    """min(max(x + 3, 0), 6) / 6, of operations that have second derivatives; torch's own has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(x + 3) / 6

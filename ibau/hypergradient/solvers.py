@@ -18,23 +18,43 @@ DENSE_LIMIT = 4096  # unknowns of `dense`: a float64 matrix of 128 MiB
 
 @dataclass(frozen=True)
 class Solution:
-    """What a linear solver returns: x, the relative residual |b - A x| / |b| (nan where it was not verified),
-    and the products A cost.
+    """What a linear solver returns: x, how near it came, and the products A cost.
 
+    residual     |b - A x| / |b|; nan where it was not verified
     contraction  the last factor by which an iteration shrank the residual; 1 or more means that a fixed-point
                  iteration does not converge. It is 0 when there was nothing to iterate
     curvature    the smallest p^T A p / p^T p seen, where the solver needs A definite; nan where it does not.
                  0 or less proves that A is not positive definite
     stopped      why: "tol" (it is reached), "maxiter", "rounding" (no nearer in this precision),
-                 "not finite", "curvature" (A is not positive definite), "singular"
+                 "not finite", "curvature" (A is not positive definite), "singular"; "" from `fixed_point`
+                 and `neumann`, which do not wait for the device to know it
+
+    The first two may lie on x's device, as `rest` and `factor`; to read them as floats waits for it.
     """
 
     x: Tensor
-    residual: float
+    rest: float | Tensor
     products: int
-    contraction: float
+    factor: float | Tensor
     curvature: float = math.nan
     stopped: str = ""
+
+    @property
+    def residual(self) -> float:
+        return float(self.rest)
+
+    @property
+    def contraction(self) -> float:
+        return float(self.factor)
+
+
+def settled(flag: Tensor) -> bool:
+    """Whether `flag` is known to hold, so that work can be spared.
+
+    On a CPU it is known. On a GPU, asking would wait for all that was asked of it before, which takes longer
+    than the work that might be spared: the answer is no, and what is computed in vain is masked out.
+    """
+    return flag.device.type == "cpu" and bool(flag)
 
 
 def fixed_point(
@@ -49,31 +69,32 @@ def fixed_point(
 
     Needs the spectral radius of J = I - A below 1; then the residual falls by that factor an iteration.
     Where it does not fall, the best iterate seen is returned, so a series that diverges cannot do harm
-    unnoticed: never worse than x = 0, where it starts and whose residual is 1. Stops early at a relative
-    residual of `tol`. `maxiter` iterations sum the series' first `maxiter` terms, the paper's K.
-    The last product serves the residual alone, and is left out where that is not to be verified.
+    unnoticed: never worse than x = 0, where it starts and whose residual is 1. Keeps the first x with a
+    relative residual of at most `tol`, and on a CPU stops there. `maxiter` iterations sum the series' first
+    `maxiter` terms, the paper's K. The last product serves the residual alone, and is left out where that is
+    not to be verified.
     """
-    x, r, size, residual = _start(b, maxiter)
-    best, best_residual, products, contraction, stopped = x, residual, 0, 0.0, "maxiter"
+    _check(maxiter)
+    size = _length(b)
+    x = best = torch.zeros_like(b)
+    r, residual, contraction, products = b, (size != 0).to(size), torch.zeros_like(size), 0
+    least, done = residual, residual <= tol
     for k in range(maxiter):
-        if best_residual <= tol:
+        if settled(done):
             break
         x = x + r
         if k == maxiter - 1 and not verify:
-            if contraction < 1:
-                best, best_residual = x, math.nan
+            believed = ~done & (contraction < 1)
+            best, least = torch.where(believed, x, best), torch.where(believed, math.nan, least)
             break
         r = r - matvec(r)  # the residual of the new x, without a second product: b - A(x + r) = r - A r
         products += 1
-        previous, residual = residual, r.norm().item() / size
-        contraction = residual / previous
-        if not residual < math.inf:  # overflow or NaN: nothing better can follow
-            stopped = "not finite"
-            break
-        if residual < best_residual:
-            best, best_residual = x, residual
-    stopped = "tol" if best_residual <= tol else stopped
-    return Solution(best, best_residual, products, contraction, stopped=stopped)
+        previous, residual = residual, _length(r) / size
+        contraction = torch.where(done, contraction, residual / previous)
+        better = ~done & (residual < least)
+        best, least = torch.where(better, x, best), torch.where(better, residual, least)
+        done = done | (least <= tol) | ~(residual < math.inf)  # after overflow or NaN nothing better follows
+    return Solution(best, least, products, contraction)
 
 
 def neumann(
@@ -89,19 +110,20 @@ def neumann(
     What the I-BAU authors' code sums, for comparison; `tol` is accepted and ignored. The residual is that of
     the sum, and has no bound: `fixed_point` is the same series under control.
     """
-    size = b.norm().item()
-    x, r, residual, previous = torch.zeros_like(b), b, 1.0, 1.0
-    if size == 0 or maxiter == 0:
-        return Solution(x, 0.0 if size == 0 else 1.0, 0, 0.0, stopped="maxiter")
-    products = maxiter if verify else maxiter - 1
+    size = _length(b)
+    nothing = size == 0
+    x, r, residual = torch.zeros_like(b), b, (~nothing).to(size)
+    if settled(nothing) or maxiter == 0:
+        return Solution(x, residual, 0, 0.0)
+    previous, products = residual, maxiter if verify else maxiter - 1
     for _ in range(products):
         x = x + r
         r = r - matvec(r)
-        previous, residual = residual, r.norm().item() / size
-    contraction = residual / max(previous, 1e-30)
+        previous, residual = residual, torch.where(nothing, 0.0, _length(r) / size)
+    contraction = residual / previous.clamp_min(1e-30)
     if not verify:
         x, residual = x + r, math.nan
-    return Solution(x, residual, products, contraction, stopped="maxiter")
+    return Solution(x, residual, products, contraction)
 
 
 def conjugate_gradient(
@@ -124,7 +146,9 @@ def conjugate_gradient(
     Rounding makes the residual that the iteration carries along drift from the true one. Where it may have by
     more than a thousandth, the true one is computed afresh, by one more product, unless `verify` is False.
     """
-    x, r, size, residual = _start(b, maxiter)
+    _check(maxiter)
+    x, r, size = torch.zeros_like(b), b, b.norm().item()
+    residual = 0.0 if size == 0 else 1.0
     unit = torch.finfo(b.dtype).eps
     scale = size if 0 < size < math.inf else 1.0
     r = r / scale  # a tiny b must not underflow when squared
@@ -199,9 +223,12 @@ def dense(
     return Solution(x.view_as(b), residual, n, 0.0, curvature, "tol")
 
 
-def _start(b: Tensor, maxiter: int) -> tuple[Tensor, Tensor, float, float]:
-    """The start of an iteration: x = 0, its residual b, |b|, and its relative residual."""
+def _check(maxiter: int) -> None:
     if maxiter < 0:
         raise ValueError(f"maxiter is {maxiter}; it must be at least 0")
-    size = b.norm().item()
-    return torch.zeros_like(b), b, size, 0.0 if size == 0 else 1.0
+
+
+def _length(v: Tensor) -> Tensor:
+    """|v| on its device, in float64 where the device has it."""
+    length = v.norm()
+    return length if length.device.type == "mps" else length.double()

@@ -6,37 +6,61 @@ from math import sqrt
 
 from torch import Tensor
 
+Z = 1.959964  # of a 95% interval
+
+
+def wilson(p: float, n: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a share `p` of `n` (Wilson 1927), within [0, 1]."""
+    centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z * sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
+    # At p = 0 or 1 the interval touches p; rounding must not push it past.
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
+
 
 @dataclass(frozen=True)
 class Rate:
-    """A share `value` of `n` images, with its 95% Wilson interval [low, high]."""
+    """`hits` of `n` images. Raises ValueError when there is nothing to count."""
 
-    value: float
+    hits: int
     n: int
-    low: float
-    high: float
+
+    def __post_init__(self):
+        if self.n == 0:
+            raise ValueError("a rate over no images at all: every image was excluded")
 
     @classmethod
     def of(cls, hits: Tensor) -> "Rate":
-        """The share of true entries. Raises ValueError when there is nothing to count."""
-        n = hits.numel()
-        if n == 0:
-            raise ValueError("a rate over no images at all: every image was excluded")
-        return cls._wilson(hits.float().mean().item(), n)
+        """The true entries among all. Raises ValueError when there is nothing to count."""
+        return cls(int(hits.sum()), hits.numel())
 
     @classmethod
     def pooled(cls, rates: Sequence["Rate"]) -> "Rate":
         """One rate over all that these were counted on."""
-        n = sum(rate.n for rate in rates)
-        return cls._wilson(sum(rate.value * rate.n for rate in rates) / n, n)
+        return cls(sum(rate.hits for rate in rates), sum(rate.n for rate in rates))
 
     @classmethod
-    def _wilson(cls, p: float, n: int) -> "Rate":
-        z = 1.959964
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        # At p = 0 or 1 the interval touches p; rounding must not push it past.
-        return cls(p, n, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
+    def read(cls, recorded: dict) -> "Rate":
+        """The rate that `as_dict` wrote into a record."""
+        return cls(recorded["hits"], recorded["n"])
+
+    @property
+    def value(self) -> float:
+        """The share, in [0, 1]."""
+        return self.hits / self.n
+
+    @property
+    def low(self) -> float:
+        """The lower end of the 95% Wilson interval."""
+        return wilson(self.value, self.n)[0]
+
+    @property
+    def high(self) -> float:
+        """The upper end of the 95% Wilson interval."""
+        return wilson(self.value, self.n)[1]
+
+    def as_dict(self) -> dict:
+        """For a record: hits and n, and for its readers what follows from them."""
+        return {"hits": self.hits, "n": self.n, "value": self.value, "low": self.low, "high": self.high}
 
     def __str__(self) -> str:
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}] (n = {self.n})"

@@ -1,11 +1,12 @@
 """ACC, ASR, RA and DER: how good a classifier is, and how much of a backdoor is left in it."""
 
+from dataclasses import dataclass
 from math import sqrt
 
 from torch import Tensor, nn
 
 from ibau.attacks import Trigger, target_labels
-from ibau.measure.intervals import Rate
+from ibau.measure.intervals import Rate, Z
 from ibau.networks.predict import predict
 
 
@@ -41,9 +42,18 @@ def robust_accuracy(
     return attack_rates(model, images, labels, trigger, target, num_classes)[1]
 
 
+@dataclass(frozen=True)
+class Rating:
+    """DER, a number in [0, 1] with its 95% interval. It weighs four rates and is none itself."""
+
+    value: float
+    low: float
+    high: float
+
+
 def defence_effectiveness_rating(
     acc_before: Rate, acc_after: Rate, asr_before: Rate, asr_after: Rate
-) -> Rate:
+) -> Rating:
     """DER = (max(0, drop of ASR) - max(0, drop of ACC) + 1) / 2 (Zhu et al. 2023, FT-SAM), in [0, 1].
 
     Half means nothing was won. The interval adds the four binomial variances, as if they were independent and
@@ -51,5 +61,5 @@ def defence_effectiveness_rating(
     """
     rates = (acc_before, acc_after, asr_before, asr_after)
     value = (max(0, asr_before.value - asr_after.value) - max(0, acc_before.value - acc_after.value) + 1) / 2
-    half = 1.959964 / 2 * sqrt(sum(r.value * (1 - r.value) / r.n for r in rates))
-    return Rate(value, min(r.n for r in rates), max(0.0, value - half), min(1.0, value + half))
+    half = Z / 2 * sqrt(sum(r.value * (1 - r.value) / r.n for r in rates))
+    return Rating(value, max(0.0, value - half), min(1.0, value + half))

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ibau.data.files import whole_file
+from ibau.data.images import some
 
 
 class ModelError(Exception):
@@ -81,7 +82,7 @@ def unwrap(content: object, path: str | Path) -> tuple[dict[str, Tensor], str | 
     foreign = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
     if foreign:
         raise ModelError(
-            f"{path}: entries that are not tensors: {_some(foreign)}; expected a state dict, bare or under "
+            f"{path}: entries that are not tensors: {some(foreign)}; expected a state dict, bare or under "
             "'net', 'state_dict' or 'model'"
         )
     return state, wrapper
@@ -116,7 +117,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         if k in state and state[k].shape != expected[k].shape
     ]
     problems = [
-        f"{label}: {_some(items)}"
+        f"{label}: {some(items)}"
         for label, items in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
         if items
     ]
@@ -124,11 +125,6 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         raise ModelError(f"{path}: does not fit {type(model).__name__}; " + "; ".join(problems))
     model.load_state_dict(state, strict=False)
     return model.eval()
-
-
-def _some(items: list[str], most: int = 6) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
 
 
 def _open_safetensors(path: Path):

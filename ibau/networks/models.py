@@ -1,4 +1,4 @@
-"""The classifiers, and how their weights are saved and read.
+"""The classifiers, and the device they are computed on.
 
 Every model maps images `(N, 3, H, W)` in [0, 1] to logits `(N, num_classes)`. A model that was trained on
 normalised inputs carries the normalisation as its first layer, so triggers always live in pixel space.
@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibau.checks import known
 from ibau.networks.seeding import seeded
 
 SMALL_VGG_PLAN = (32, 32, "M", 64, 64, "M", 128, 128, "M")
-
-
 SMALL_VGG_DROPOUT = (0.3, 0.4, 0.4)
 
 
@@ -112,8 +111,7 @@ MODELS = {"small_vgg": SmallVGG, "preact_resnet18": PreActResNet18}
 
 def build(architecture: str, num_classes: int, width: float = 1.0, seed: int = 0) -> nn.Module:
     """A freshly initialised model; `seed` fixes its weights without touching the global generator."""
-    if architecture not in MODELS:
-        raise ValueError(f"unknown architecture {architecture!r}; valid: {', '.join(MODELS)}")
+    known("architecture", architecture, MODELS)
     with seeded(seed):
         return MODELS[architecture](num_classes, width)
 
@@ -138,3 +136,10 @@ def takes_channels_last(model: nn.Module, images: Tensor) -> bool:
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter lives (the CPU for a model without any)."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def default_device() -> torch.device:
+    """The first CUDA device; without one Apple's GPU (MPS), and without that the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

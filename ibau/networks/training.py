@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ibau.checks import one_of, positive
 from ibau.data.files import whole_file
 from ibau.data.images import ImageSet
-from ibau.hypergradient.layers import exact_float32 as exact_float32  # beside `autocast`, for its users
 from ibau.networks.models import device_of, takes_channels_last
 from ibau.networks.seeding import seeded
 
 AUGMENTS = ("none", "crop", "crop-flip")
 PRECISIONS = ("auto", "float32", "bfloat16")
+SCHEDULES = ("constant", "cosine")
 
 
 class TrainingError(Exception):
@@ -43,16 +44,10 @@ class TrainSettings:
     precision: str = "auto"  # bfloat16 where the device multiplies it natively, else float32
 
     def __post_init__(self):
-        for name, valid in (
-            ("augment", AUGMENTS),
-            ("precision", PRECISIONS),
-            ("schedule", ("constant", "cosine")),
-        ):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; valid: {', '.join(valid)}")
-        for name in ("epochs", "batch_size", "lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        one_of(self, "augment", AUGMENTS)
+        one_of(self, "precision", PRECISIONS)
+        one_of(self, "schedule", SCHEDULES)
+        positive(self, "epochs", "batch_size", "lr")
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -88,17 +83,36 @@ def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
 
 def augmented(images: Tensor, augment: str) -> Tensor:
     """Shift each image by up to 4 pixels (zeros come in) and, for "crop-flip", mirror every second one."""
-    if augment == "none":
-        return images
-    n, _, height, width = images.shape
-    padded = F.pad(images, (4, 4, 4, 4))
-    rows = torch.randint(0, 9, (n, 1), device=images.device) + torch.arange(height, device=images.device)
-    columns = torch.randint(0, 9, (n, 1), device=images.device) + torch.arange(width, device=images.device)
-    if augment == "crop-flip":
-        mirrored = torch.rand(n, 1, device=images.device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    index = torch.arange(n, device=images.device)[:, None, None]
-    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return images if augment == "none" else shifted(images, (4, 4), mirror=augment == "crop-flip")
+
+
+def shifted(
+    images: Tensor,
+    most: tuple[int, int],
+    mode: str = "constant",
+    *,
+    mirror: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Each image (N, C, H, W) moved by up to `most` (rows, columns); with `mirror` half of them are mirrored.
+
+    mode       what comes in at the edges, as in `torch.nn.functional.pad`: zeros, or "reflect"
+    generator  of the random numbers; None: the global one of the images' device
+    """
+    n, _, *sides = images.shape
+    device = images.device if generator is None else generator.device
+    padded = F.pad(images, (most[1], most[1], most[0], most[0]), mode)
+    rows, columns = (
+        torch.randint(0, 2 * far + 1, (n, 1), generator=generator, device=device)
+        + torch.arange(side, device=device)
+        for far, side in zip(most, sides, strict=True)
+    )
+    if mirror:
+        chosen = torch.rand(n, 1, generator=generator, device=device) < 0.5
+        columns = torch.where(chosen, columns.flip(1), columns)
+    index = torch.arange(n, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]
+    index, rows, columns = (t.to(images.device) for t in index)
+    return padded[index, :, rows, columns].permute(0, 3, 1, 2)
 
 
 def train(

@@ -1,2 +1,1 @@
-"""A network from elsewhere, with no attack of ours before it: read it, look for a backdoor in it, and
-save the cleaned one."""
+"""A network from elsewhere: read it, look for a backdoor in it, and save the cleaned one."""

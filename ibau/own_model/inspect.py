@@ -4,20 +4,22 @@ A backdoor is a short cut to its target class, so the target tends to be reached
 classes (Wang et al., S&P 2019, with a mask; here any change of the pixels counts, measured in l2).
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibau.checks import positive, within
 from ibau.hypergradient.implicit import project_l2
 from ibau.measure.intervals import Rate
 from ibau.networks.models import device_of
+from ibau.networks.predict import predict
 from ibau.networks.training import autocast, to_float
 
 SUSPICIOUS = 3.5  # an index above it: the usual cut for modified z-scores (Iglewicz and Hoaglin 1993)
 SPREAD = 0.25  # the least spread of log norms, so that a suspicious class is easier by at least a factor 2.4
-ROOM = 1.4  # the radius of I-BAU's additive perturbation over the median class's norm, see `radius_from`
+ROOM = 1.4  # the radius of I-BAU+'s additive perturbation over the median class's norm, see `radius_from`
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,10 @@ class SearchSettings:
     precision: str = "auto"  # bfloat16 where the device multiplies it natively
 
     def __post_init__(self):
-        for name in ("steps", "images", "start", "batch"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        if not (0 < self.goal <= 1 and 0 < self.shrink < 1 < min(self.grow, self.regrow)):
-            raise ValueError("it takes 0 < goal <= 1, shrink in (0, 1), and grow and regrow above 1")
+        positive(self, "steps", "images", "start", "batch")
+        within(self, "(0, 1]", "goal")
+        within(self, "(0, 1)", "shrink")
+        within(self, "(1, inf)", "grow", "regrow")
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,11 +123,11 @@ def _search(model, x: Tensor, y: Tensor, targets: Tensor, settings: SearchSettin
 
 
 def radius_from(norms: Tensor, most: float) -> float:
-    """C, the l2 radius of I-BAU's additive perturbation, for a model whose classes take `norms` to reach.
+    """C, the l2 radius of I-BAU+'s additive perturbation, for a model whose classes take `norms` to reach.
 
     1.4 times their median, at most `most`: room enough for any class, a trigger's among them. In a ball many
     times that size every direction fools the model, and the worst of them says nothing of a backdoor. 1.4 is
-    what the default radius of 10 comes to on the digits' clean model, which needs 7.
+    what the default radius of 10 comes to on the clean model of MNIST-5k, which needs 7.
     """
     return min(most, ROOM * norms.quantile(0.5).item())
 
@@ -163,15 +164,9 @@ def easiness(norms: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-@torch.inference_mode()
 def moved_share(model: nn.Module, images: Tensor, labels: Tensor, delta: Tensor, target: int) -> Rate:
     """The share of images of other classes that the model takes for `target` once delta is added."""
-    images = to_float(images[labels != target])
-    device = device_of(model)
-    hits = [
-        model((batch + delta).clamp(0, 1).to(device)).argmax(1).cpu() == target for batch in images.split(250)
-    ]
-    return Rate.of(torch.cat(hits))
+    return Rate.of(predict(model, (to_float(images[labels != target]) + delta).clamp(0, 1)) == target)
 
 
 def likely_target(predicted: Tensor, labels: Tensor) -> int:
@@ -203,8 +198,8 @@ class Findings:
     def as_record(self) -> dict:
         """Plain values, for a JSON file."""
         return {
-            "acc": asdict(self.acc),
-            "asr": asdict(self.asr) if self.asr else None,
+            "acc": self.acc.as_dict(),
+            "asr": self.asr.as_dict() if self.asr else None,
             "norms": self.norms.tolist(),
             "index": easiness(self.norms).tolist(),
             "suspicious": self.easy,

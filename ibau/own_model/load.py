@@ -1,9 +1,8 @@
 """A model from outside: read it, and save the cleaned one so that it loads where the old one did.
 
-    folder = load_folder("photos/", image_size=224)  # from ibau.datasets
+    folder = load_folder("photos/", image_size=224)  # from ibau.data
     given = load_model("model.pth", "torchvision:resnet18", len(folder.classes), 224, normalize="imagenet")
-    settings = ibau.IBAUSettings(perturbation="aimed", rounds=48, patience=48)
-    result = ibau.unlearn(given.model, folder.data.images, folder.data.labels, settings)
+    result = ibau.clean(given.model, folder.data.images, folder.data.labels)
     given.save(result.model, "model.cleaned.pth")
 
 Nothing in a checkpoint is ever executed. A `module:callable` is: it is the user's own code.

@@ -1,26 +1,27 @@
 """The paper's claims C1 to C9 beside what was measured: verdicts follow from `figures/data` by stated rules.
 
 `make figures` writes the table into README.md. A claim's function takes the `Evidence` and returns a verdict
-and what it rests on; its docstring is the rule.
+and what it rests on; its docstring is the rule. The verdicts are on I-BAU, the paper's algorithm. What the
+same rules find for I-BAU+, ours, stands beside them in numbers and is no verdict on the paper.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
+from typing import NamedTuple
 
 import pandas as pd
 from scipy import stats
 
-from ibau.report import tables
-from ibau.report.tables import BASELINES, NEAR, OURS, SIGHTED, over_seeds
+from ibau.report.frame import BASELINES, IBAU, IBAU_PLUS, SIGHTED, over_seeds, published, recorded
+from ibau.report.tables import LEAST, NEAR, beside_best, ratios
 from ibau.study import grid
-from ibau.study import records as study_records
+from ibau.study.records import figures_dir
 
 VERDICTS = HOLDS, PARTLY, FAILS, UNMEASURED = "holds", "holds in part", "does not hold", "not measured"
 NOTHING = UNMEASURED, "–"
 REAL = ("cifar10", "gtsrb")  # the paper's data sets; each at both of the profiles that are meant for them
-LEAST = 3  # baselines beside I-BAU on a model, victims, cells in common: with fewer nothing is compared
 MANY = 5  # attacks of the nine, on each data set, before a comparison over attacks holds
 CONFIDENCE = 0.95
 MATTERS = 1.0  # points of ASR or ACC; a smaller difference counts as none
@@ -32,12 +33,19 @@ class Evidence:
 
     theory    `figures/data/theory.csv`, a row a check of notebook 03: claim, case, n, measured, bound, whole
     implicit  `figures/data/implicit_runs.csv`, a row a run of notebook 12
-    cells     what is `tables.recorded` of the grid's tables on real images, with a column `table`
+    cells     what is `recorded` of the grid's tables on real images, with a column `table`
+    algorithm the label of the one that is judged by its cells
     """
 
     theory: pd.DataFrame
     implicit: pd.DataFrame
     cells: pd.DataFrame
+    algorithm: str = IBAU
+
+    def on_ours(self) -> "Evidence":
+        """The same for I-BAU+: its cells alone, for theory and implicit are about the paper's algorithm."""
+        nothing = {"theory": self.theory[:0], "implicit": self.implicit[:0]}
+        return replace(self, **nothing, algorithm=IBAU_PLUS)
 
     def rows(self, *names: str) -> pd.DataFrame:
         """The cells of these tables."""
@@ -50,14 +58,14 @@ class Evidence:
 
 def gather() -> Evidence:
     """The evidence in `figures/data`; a table that is not there is empty."""
-    folder = study_records.figures_dir() / "data"
+    folder = figures_dir() / "data"
 
     def table(name: str, *columns: str) -> pd.DataFrame:
         return pd.read_csv(folder / name) if (folder / name).exists() else pd.DataFrame(columns=columns)
 
-    among = tables.published()
+    among = published()
     cells = [
-        tables.recorded(name, profile, dataset, among=among).assign(table=name)
+        recorded(name, profile, dataset, among=among).assign(table=name)
         for name in grid.TABLES
         for profile in ("desk", "paper")
         for dataset in REAL
@@ -73,19 +81,18 @@ def gather() -> Evidence:
 
 
 def c1(found: Evidence) -> tuple[str, str]:
-    """Holds where I-BAU meets the goal on 9 of 10 attacked models, in part from half of them on.
+    """Holds where the algorithm meets the goal on 9 of 10 attacked models, in part from half of them on.
 
     The goal: ACC down by 2 points at most, ASR 10% at most. Models of the single-target and multi-target
     tables on real images.
     """
-    ours = found.of("single-target", "multi-target")
-    ours = ours[(ours["defence"] == OURS) & ours["run"] & (ours["attack"] != "clean")]
-    good, n = int(ours["good"].sum()), len(ours)
+    own = found.of("single-target", "multi-target")
+    own = own[(own["defence"] == found.algorithm) & own["run"] & (own["attack"] != "clean")]
+    good, n = int(own["good"].sum()), len(own)
     if not n:
         return NOTHING
-    return _by_share(
-        good / n
-    ), f"{good} of {n} attacked models at the goal; mean ASR {ours['asr'].mean():.1f}%"
+    said = f"{good} of {n} attacked models at the goal; mean ASR {own['asr'].mean():.1f}%"
+    return (HOLDS if good / n >= 0.9 else PARTLY if good / n >= 0.5 else FAILS), said
 
 
 def c2(found: Evidence) -> tuple[str, str]:
@@ -161,15 +168,15 @@ def c5(found: Evidence) -> tuple[str, str]:
 
 
 def c6(found: Evidence) -> tuple[str, str]:
-    """By DER, on models with I-BAU and at least 3 of the six baselines, beside the best of these.
+    """By DER, on models with the algorithm and at least 3 of the six baselines, beside the best of these.
 
-    Holds where I-BAU is comparable, no more than 2 points lower, on 9 of 10 models, and higher on more than
+    Holds where it is comparable, no more than 2 points lower, on 9 of 10 models, and higher on more than
     half, with 5 of the 9 attacks or more on each data set; in part where it is comparable on at least half.
     """
-    pairs = tables.beside_best(found.rows("single-target", "multi-target"), LEAST)
+    pairs = beside_best(found.rows("single-target", "multi-target"), found.algorithm)
     if pairs.empty:
         return NOTHING
-    near, higher = pairs["ours"] >= pairs["best"] - NEAR, pairs["ours"] > pairs["best"]
+    near, higher = pairs["own"] >= pairs["best"] - NEAR, pairs["own"] > pairs["best"]
     run, asked = pairs["baselines"].sum(), len(pairs) * len(BASELINES)
     said = f"DER comparable to the best baseline's on {near.sum()} of the {len(pairs)} models with baselines"
     said += f", higher on {higher.sum()} ({run} of {asked} baseline cells run)"
@@ -190,17 +197,19 @@ def c7(found: Evidence) -> tuple[str, str]:
     """Along each axis (attack, poison ratio, clean set), the cells at the goal, of those that both ran.
 
     An axis is won where no baseline with at least 3 such cells, not all at one point of the axis, has more of
-    them than I-BAU. Holds where all three axes are, in part where one is. Along the clean set only those
-    count that use clean images.
+    them than the algorithm. Holds where all three axes are, in part where one is. Along the clean set only
+    those count that use clean images.
     """
     won, said = [], []
     for axis, (names, along) in AXES.items():
         rows = found.of(*names)
-        ours, theirs = _at_goal(rows[rows["defence"].isin(SIGHTED)] if axis == "clean set" else rows, along)
-        if theirs:
-            label, (good, n) = max(theirs.items(), key=lambda item: (item[1][0] - ours[item[0]]) / item[1][1])
-            won.append(all(good <= ours[name] for name, (good, _) in theirs.items()))
-            said.append(f"{axis}: I-BAU {ours[label]}, {label} {good} of {n}")
+        if axis == "clean set":
+            rows = rows[rows["defence"].isin(SIGHTED)]
+        beside = _at_goal(rows, found.algorithm, along)
+        if beside:
+            label, one = max(beside.items(), key=lambda item: (item[1].theirs - item[1].own) / item[1].n)
+            won.append(all(other.theirs <= other.own for other in beside.values()))
+            said.append(f"{axis}: {found.algorithm} {one.own}, {label} {one.theirs} of {one.n}")
         else:
             said.append(f"{axis}: not compared")
     if not won:
@@ -210,12 +219,13 @@ def c7(found: Evidence) -> tuple[str, str]:
 
 
 def c8(found: Evidence) -> tuple[str, str]:
-    """Seconds of the fastest baseline that meets the goal over I-BAU's, a ratio a single-target model.
+    """Seconds of the fastest baseline that meets the goal over the algorithm's, a ratio a model.
 
-    Whole runs, on one kind of device with the same number of threads. Holds where the median is at least 13,
-    the paper's figure; in part where it is at least 2: what else a machine does makes less of a difference.
+    Whole runs of the single-target table, on one kind of device with the same number of threads. Holds where
+    the median is at least 13, the paper's figure; in part where it is at least 2: what else a machine does
+    makes less of a difference.
     """
-    times = tables.ratios(found.rows("single-target"))
+    times = ratios(found.rows("single-target"), found.algorithm)
     times = times[times["defence"].isin(BASELINES) & (times["attack"] != "clean")]
     effective, of_all = [], []
     for _, same in times.groupby(["profile", "dataset", "attack", "seed", "device"], sort=False):
@@ -234,45 +244,48 @@ def c8(found: Evidence) -> tuple[str, str]:
 def c9(found: Evidence) -> tuple[str, str]:
     """With 100 clean images, at the goal for so few (ACC down by 5 points at most, ASR 20% at most).
 
-    Holds where I-BAU meets it on every model and no baseline that uses clean images on any; in part where it
-    meets it on at least half, and on more than any baseline does of those that both ran.
+    Holds where the algorithm meets it on every model and no baseline that uses clean images on any; in part
+    where it meets it on at least half, and on more than any baseline does of those that both ran.
     """
     few = found.of("clean-size")
     few = few[(few["clean"] == 100) & few["defence"].isin(SIGHTED)]
-    ours, theirs = _at_goal(few)
-    if not theirs:
+    beside = _at_goal(few, found.algorithm)
+    if not beside:
         return NOTHING
-    own = few[(few["defence"] == OURS) & few["run"]]
+    own = few[(few["defence"] == found.algorithm) & few["run"]]
     good, n = int(own["good"].sum()), len(own)
-    label, (best, m) = max(theirs.items(), key=lambda item: item[1][0] / item[1][1])
-    said = f"I-BAU at the goal on {good} of {n} models; best baseline {label}, {best} of {m}"
-    if good == n and not any(count for count, _ in theirs.values()):
+    label, best = max(beside.items(), key=lambda item: item[1].theirs / item[1].n)
+    said = f"at the goal on {good} of {n} models; best baseline {label}, {best.theirs} of {best.n}"
+    if good == n and not any(other.theirs for other in beside.values()):
         return HOLDS, said
-    ahead = all(count < ours[name] for name, (count, _) in theirs.items())
+    ahead = all(other.theirs < other.own for other in beside.values())
     return (PARTLY if good >= n / 2 and ahead else FAILS), said
 
 
-def _at_goal(means: pd.DataFrame, along: str = "") -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Cells at the goal, of those (at least 3) that I-BAU and a baseline ran: I-BAU's, and (its, of all).
+class AtGoal(NamedTuple):
+    """Cells that both an algorithm and a baseline ran: at the goal with the one, with the other, and all."""
 
-    A dict each, by the baseline's label. Clean models do not count; nor do baselines whose cells all have the
-    same value in the column `along`.
+    own: int
+    theirs: int
+    n: int
+
+
+def _at_goal(means: pd.DataFrame, algorithm: str, along: str = "") -> dict[str, AtGoal]:
+    """The algorithm beside each baseline with which it has at least LEAST attacked models in common.
+
+    Baselines whose cells all have the same value in the column `along` do not count.
     """
-    which = ["profile", "dataset", "attack", "ratio", "clean"]
+    models = ["profile", "dataset", "attack", "ratio", "clean"]
     done = means[means["run"] & (means["attack"] != "clean")]
-    wide = done.pivot(index=which, columns="defence", values="good")
-    ours, theirs = {}, {}
+    wide = done.pivot(index=models, columns="defence", values="good")
+    found = {}
     for label in BASELINES:
-        if OURS in wide and label in wide:
-            both = wide[[OURS, label]].dropna()
+        if algorithm in wide and label in wide:
+            both = wide[[algorithm, label]].dropna()
             varies = not along or len(both.index.unique(along)) > 1
             if len(both) >= LEAST and varies:
-                ours[label], theirs[label] = int(both[OURS].sum()), (int(both[label].sum()), len(both))
-    return ours, theirs
-
-
-def _by_share(share: float) -> str:
-    return HOLDS if share >= 0.9 else PARTLY if share >= 0.5 else FAILS
+                found[label] = AtGoal(int(both[algorithm].sum()), int(both[label].sum()), len(both))
+    return found
 
 
 Interval = tuple[float, float, float]  # a mean, and the ends of its interval
@@ -324,10 +337,17 @@ CLAIMS = {
 
 
 def judged(found: Evidence) -> pd.DataFrame:
-    """A row a claim: what it says, the verdict, what was measured, the notebooks."""
+    """A row a claim: what it says, the verdict on I-BAU, its numbers and I-BAU+'s, the notebooks."""
     rows = {}
     for name, claim in CLAIMS.items():
         verdict, measured = claim.judge(found)
+        _, ours = claim.judge(found.on_ours())
         numbers = ", ".join(claim.notebooks)
-        rows[name] = {"the paper": claim.says, "here": verdict, "measured": measured, "notebook": numbers}
+        rows[name] = {
+            "the paper": claim.says,
+            "here": verdict,
+            "measured": measured,
+            f"{IBAU_PLUS}, ours": ours,
+            "notebook": numbers,
+        }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("claim")

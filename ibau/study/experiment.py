@@ -21,12 +21,13 @@ from ibau.attacks import Poisoned, Trigger, make_trigger, needs_model, poison, p
 from ibau.data.files import whole_file
 from ibau.data.images import ImageSet, Splits
 from ibau.defences.base import Defence, Defended
-from ibau.measure import rates as rates_of
 from ibau.measure.intervals import Rate
+from ibau.measure.rates import accuracy, attack_rates, defence_effectiveness_rating
 from ibau.measure.stealth import stealth
 from ibau.networks import checkpoints, models
+from ibau.networks.models import default_device
 from ibau.networks.training import train
-from ibau.study.records import kept, once, provenance, victim_path, write_record
+from ibau.study.records import once, provenance, runs
 from ibau.study.settings import VictimSettings
 
 WATCHED = 500  # test images of a defence's curve
@@ -49,11 +50,6 @@ class Victim:
         return self.attacks[0][0] if self.attacks else None
 
 
-def default_device() -> torch.device:
-    """The first CUDA device, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def victim(settings: VictimSettings, splits: Splits, *, progress: bool = False) -> Victim:
     """The model these settings describe, trained now or read from an earlier run.
 
@@ -61,7 +57,7 @@ def victim(settings: VictimSettings, splits: Splits, *, progress: bool = False) 
     `train_size` images of it. An interrupted training goes on where it stopped.
     """
     described = describe(settings, splits)
-    note = victim_path(described)
+    note = runs().path(described)
     record = once(note, lambda: _make_victim(note, settings, described, splits, progress=progress))
     triggers = [Trigger.load(file) for file in _trigger_files(note, settings)]
     attacks = tuple(zip(triggers, settings.targets(len(splits.classes)), strict=True))
@@ -80,7 +76,7 @@ def _untrained(settings: VictimSettings, splits: Splits) -> nn.Module:
 def _make_victim(
     note: Path, settings: VictimSettings, described: dict, splits: Splits, *, progress: bool
 ) -> dict:
-    """Train the victim, keep its weights and triggers, then its record, which this returns."""
+    """Train the victim, keep its weights and triggers; its record."""
     started = time.perf_counter()
     targets = settings.targets(len(splits.classes))
     attacks = _make_attacks(settings, splits, targets, progress=progress)
@@ -99,7 +95,7 @@ def _make_victim(
     )
     checkpoints.save(model, note.with_suffix(".safetensors"), described)
     rates = _rates(model, splits, attacks)
-    record = {
+    return {
         "settings": described,
         "measured": _measured(model, splits, rates),
         "attacks": [_about(*attack, *rate, splits) for attack, rate in zip(attacks, rates, strict=True)],
@@ -108,7 +104,6 @@ def _make_victim(
         "training": history,
         "provenance": provenance(),
     }
-    return write_record(note, record)
 
 
 def describe(settings: VictimSettings, splits: Splits) -> dict:
@@ -153,8 +148,8 @@ def _about(trigger: Trigger, target: int | str, asr: Rate, ra: Rate, splits: Spl
     return {
         "attack": trigger.name,
         "target": target,
-        "asr": asdict(asr),
-        "ra": asdict(ra),
+        "asr": asr.as_dict(),
+        "ra": ra.as_dict(),
         "stealth": stealth(trigger, splits.test.images[:1000]),
         "trigger": trigger.settings,
     }
@@ -171,13 +166,13 @@ def measure(model: nn.Module, splits: Splits, attacks: Attacks) -> dict:
 def _rates(model: nn.Module, splits: Splits, attacks: Attacks) -> list[tuple[Rate, Rate]]:
     """ASR and RA of each attack."""
     images, labels, n = splits.test.images, splits.test.labels, len(splits.classes)
-    return [rates_of.attack_rates(model, images, labels, *attack, n) for attack in attacks]
+    return [attack_rates(model, images, labels, *attack, n) for attack in attacks]
 
 
 def _measured(model: nn.Module, splits: Splits, rates: list[tuple[Rate, Rate]]) -> dict:
-    acc = rates_of.accuracy(model, splits.test.images, splits.test.labels)
-    asr, ra = (asdict(Rate.pooled(same)) for same in zip(*rates, strict=True)) if rates else (None, None)
-    return {"acc": asdict(acc), "asr": asr, "ra": ra}
+    acc = accuracy(model, splits.test.images, splits.test.labels)
+    asr, ra = (Rate.pooled(same).as_dict() for same in zip(*rates, strict=True)) if rates else (None, None)
+    return {"acc": acc.as_dict(), "asr": asr, "ra": ra}
 
 
 def defence_record(
@@ -217,7 +212,7 @@ def defence_record(
         )
         return _write_defended(about, attacked, result, watch, splits)
 
-    return once(kept({"settings": about}, ".json"), make)
+    return once(runs().path(about), make)
 
 
 def describe_defence(
@@ -230,6 +225,7 @@ def describe_defence(
     return {
         "victim": describe(settings, splits),
         "defence": defence,
+        "version": defences.defence(defence).version,
         "defence_settings": asdict(defence_settings),
         "clean_images": len(splits.clean) if defences.defence(defence).sees == "clean" else 0,
         "seed": seed,
@@ -278,10 +274,15 @@ def _first(splits: Splits, count: int) -> Splits:
 
 
 def _write_defended(about: dict, attacked: Victim, result: Defended, watch: _Watch, splits: Splits) -> dict:
-    """Measure the defended model, keep it and its tensors, then the record, which this returns."""
+    """Measure the defended model, keep it and its tensors; the record."""
     before = attacked.record["measured"]
     after = measure(result.model, splits, attacked.attacks)
-    record = {
+    checkpoints.save(result.model, runs().path(about, ".safetensors"), about)
+    if result.tensors:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in result.tensors.items()}
+        with whole_file(runs().path(about, ".tensors")) as temporary:
+            save_file(tensors, temporary)
+    return {
         "settings": about,
         "before": before,
         "after": {**after, "der": rating(before, after)},
@@ -294,17 +295,11 @@ def _write_defended(about: dict, attacked: Victim, result: Defended, watch: _Wat
         "provenance": provenance(),
         "victim_provenance": attacked.record["provenance"],
     }
-    checkpoints.save(result.model, kept(record, ".safetensors"), about)
-    if result.tensors:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in result.tensors.items()}
-        with whole_file(kept(record, ".tensors")) as temporary:
-            save_file(tensors, temporary)
-    return write_record(kept(record, ".json"), record)
 
 
 def rating(before: dict, after: dict) -> dict | None:
     """DER of two measurements that `measure` made; None without a trigger."""
     if before["asr"] is None:
         return None
-    rates = [Rate(**m[name]) for name in ("acc", "asr") for m in (before, after)]
-    return asdict(rates_of.defence_effectiveness_rating(*rates))
+    rates = [Rate.read(m[name]) for name in ("acc", "asr") for m in (before, after)]
+    return asdict(defence_effectiveness_rating(*rates))

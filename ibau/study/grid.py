@@ -2,30 +2,27 @@
 
     cells = single_target("quick", seeds=(0, 1, 2))
     run(cells)                                # one after the other, in this process
-    with Processes(4) as executor:            # or any other concurrent.futures.Executor
-        run(cells, executor)
+    with executor(jobs=4) as processes:       # or any other concurrent.futures.Executor
+        run(cells, processes)
     records(cells)                            # cell -> record, None where there is none
 
-A cell's record is made once, whoever asks for it (see `experiments.once`), so a call that was killed is just
+A cell's record is made once, whoever asks for it (see `records.once`), so a call that was killed is just
 made again. A cell that fails is written to `runs/failed` with its error, and tried again by the next call.
 What a worker runs is `compute`; it needs the files of `runs_dir()` and of the data set under the same paths.
 """
 
-import json
 import os
-import signal
 import sys
 import threading
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from statistics import median
 
 import torch
 from tqdm import tqdm
@@ -35,10 +32,9 @@ from ibau.attacks import ATTACKS
 from ibau.data.images import Splits
 from ibau.data.splits import CLEAN_SIZE, load
 from ibau.study import experiment
-from ibau.study import records as study_records
-from ibau.study import settings as study_settings
-from ibau.study.records import read_record, runs_dir
+from ibau.study.records import Records, provenance, read_record, runs, runs_dir, write_record
 from ibau.study.settings import STANDARD, VictimSettings, standard_victims
+from ibau.study.settings import profile as profile_of
 
 NONE = "none"  # no defence: the cell's record is the victim's
 
@@ -76,11 +72,8 @@ class Cell:
 
 RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # shares of the training set that are poisoned
 SIZES = (5000, 2500, 1000, 500, 250, 100)  # clean images
-THREE = (
-    "BadNets",
-    "Blend",
-    "l2-inv",
-)  # a patch, a whole picture, an optimised trigger: where all are too many
+# A patch, a whole picture and an optimised trigger, where all attacks are too many:
+THREE = ("BadNets", "Blend", "l2-inv")
 SINGLE = tuple(label for label in STANDARD if label not in ("all-to-all", "seven triggers"))
 UNMIRRORED = ("mnist5k", "gtsrb")  # a mirrored digit or road sign is another one, or none
 
@@ -106,7 +99,7 @@ def clean_size(profile: str, dataset: str = "", seeds: Sequence[int] = (0,)) -> 
     From as many as the profile has for this data set.
     """
     cells = _against(THREE, profile, dataset, seeds)
-    chosen = study_settings.profile(profile, dataset)
+    chosen = profile_of(profile, dataset)
     most = chosen.clean_size or CLEAN_SIZE[chosen.dataset]
     return [replace(cell, clean_size=size) for size in SIZES if size <= most for cell in cells]
 
@@ -144,9 +137,8 @@ def choose(
         raise GridError(f"{seeds} seeds; there must be at least 1")
     chosen = range(first, first + seeds)
     cells = [cell for name in tables or TABLES for cell in TABLES[name](profile, dataset, chosen)]
-    _check(
-        "poison ratio", ratios, sorted({cell.victim.poison_ratio for cell in cells if cell.victim.attacks})
-    )
+    shares = sorted({cell.victim.poison_ratio for cell in cells if cell.victim.attacks})
+    _check("poison ratio", ratios, shares)
     _check("clean size", sizes, sorted({cell.clean_size for cell in cells if cell.clean_size}))
     return [
         cell
@@ -166,7 +158,7 @@ def _check(what: str, given: Sequence, valid: Iterable) -> None:
 
 def _against(labels: Sequence[str], profile: str, dataset: str, seeds: Sequence[int], **other) -> list[Cell]:
     """No defence and each defence, against the standard victims of these labels."""
-    chosen = study_settings.profile(profile, dataset)
+    chosen = profile_of(profile, dataset)
     settings = {name: settings_for(name, profile, chosen.dataset) for name in defences.DEFENCES}
     return [
         Cell(standard_victims(chosen, seed=seed, **other)[label], name, about, chosen.clean_size, seed)
@@ -215,9 +207,9 @@ def path_of(cell: Cell, data_dir: str = "") -> Path:
     """Where the cell's record is kept. Cells with the same path are the same."""
     splits = _splits(cell, data_dir)
     if cell.defence == NONE:
-        return study_records.victim_path(experiment.describe(cell.victim, splits))
+        return runs().path(experiment.describe(cell.victim, splits))
     about = experiment.describe_defence(cell.victim, splits, cell.defence, cell.settings, seed=cell.seed)
-    return study_records.kept({"settings": about}, ".json")
+    return runs().path(about)
 
 
 def records(cells: Iterable[Cell], data_dir: str = "") -> dict[Cell, dict | None]:
@@ -234,14 +226,14 @@ def _failure_path(cell: Cell, data_dir: str) -> Path:
     return runs_dir() / "failed" / path_of(cell, data_dir).name
 
 
-def compute(cell: Cell, data_dir: str = "", runs: str = "") -> dict:
-    """Make the cell's record, or write down why it failed: what a worker runs, `runs` being its IBAU_RUNS.
+def compute(cell: Cell, data_dir: str = "", folder: str = "") -> dict:
+    """Make the cell's record, or write down why it failed: what a worker runs, `folder` as its IBAU_RUNS.
 
     Returns the record, or {"error": ...} as `failure_of` gives it. A process computes one cell at a time,
     however many threads call this.
     """
-    if runs:
-        os.environ["IBAU_RUNS"] = runs
+    if folder:
+        os.environ["IBAU_RUNS"] = folder
     with _ONE_AT_A_TIME:
         try:
             splits = _splits(cell, data_dir)
@@ -260,11 +252,9 @@ def compute(cell: Cell, data_dir: str = "", runs: str = "") -> dict:
 def _failed(cell: Cell, data_dir: str, error: BaseException) -> dict:
     tail = "".join(traceback.format_exception(error))[-3000:]
     found = {"type": type(error).__name__, "message": str(error), "traceback": tail}
-    about = {"cell": str(cell), "settings": asdict(cell), "error": found}
+    about = {"cell": str(cell), "settings": asdict(cell), "error": found, "provenance": provenance()}
     try:
-        study_records.write_record(
-            _failure_path(cell, data_dir), {**about, "provenance": study_records.provenance()}
-        )
+        write_record(_failure_path(cell, data_dir), about)
     except OSError:  # the disk that the record did not fit on
         pass
     return {"error": found}
@@ -278,32 +268,23 @@ def run(
     executor: Executor | None = None,
     *,
     data_dir: str = "",
-    workers: int = 1,
     progress: bool = False,
 ) -> Counter:
     """Make the records of these cells that are not there yet; those of undefended victims first.
 
-    `executor` computes them; None: this process, one after the other. `workers`, how many at once, is for the
-    estimate of what is left. Returns how many are "there" from before, "done" and "failed": see `failure_of`.
-    Raises DataError where the images cannot be read.
+    `executor` computes them; None: this process, one after the other. Returns how many are "there" from
+    before, "done" and "failed": see `failure_of`. Raises DataError where the images cannot be read.
     """
     by_path = _by_path(cells, data_dir)
     missing = _missing(by_path)
     counts = Counter(there=len(by_path) - len(missing))
-    estimate = Estimate()
-    left = set(missing)
-    shape = "{l_bar}{bar}| {n_fmt}/{total_fmt} cells, {elapsed}{postfix}"
+    shape = "{l_bar}{bar}| {n_fmt}/{total_fmt} cells [{elapsed}<{remaining}]"
     with tqdm(total=len(missing), bar_format=shape, disable=not progress) as bar:
-        bar.set_postfix_str(estimate.text(left, workers))
         for cell, found in _computed(missing, executor, data_dir):
-            left.discard(cell)
-            counts["failed" if "error" in found else "done"] += 1
-            if "error" not in found:
-                estimate.add(found)
-            elif progress:
-                error = found["error"]
+            error = found.get("error")
+            counts["failed" if error else "done"] += 1
+            if error and progress:
                 bar.write(f"failed: {cell}: {error['type']}: {error['message']}", file=sys.stderr)
-            bar.set_postfix_str(estimate.text(left, workers))
             bar.update()
     return counts
 
@@ -340,97 +321,20 @@ def _result(future: Future, cell: Cell, data_dir: str) -> dict:
         return _failed(cell, data_dir, error)
 
 
-class Estimate:
-    """How long cells will take: the median over the records in `runs` of cells like them.
-
-    Alike are cells with the same data set, defence and settings of the defence; of undefended victims those
-    that are trained alike.
-    """
-
-    def __init__(self):
-        self.known: dict[str, list[float]] = {}
-        for folder in ("models", "records"):
-            for path in (runs_dir() / folder).glob("*.json"):
-                if record := read_record(path):
-                    self.add(record)
-
-    def add(self, record: dict) -> None:
-        about = record["settings"]
-        if "defence" in about:
-            if "seconds" not in record:  # not a cell's: notebook 12 keeps its runs there as well
-                return
-            like = (about["victim"]["dataset"], about["defence"], about["defence_settings"])
-            seconds = record["seconds"]
-        else:
-            like = (about["dataset"], NONE, about["training"])
-            seconds = record["training_seconds"] + record["trigger_seconds"]
-        self.known.setdefault(json.dumps(like, sort_keys=True), []).append(seconds)
-
-    def seconds(self, cell: Cell) -> float | None:
-        """What the cell will take; None where nothing like it is recorded."""
-        settings = cell.victim.training if cell.defence == NONE else cell.settings
-        like = (cell.victim.dataset, cell.defence, asdict(settings))
-        found = self.known.get(json.dumps(like, sort_keys=True))
-        return median(found) if found else None
-
-    def text(self, cells: Iterable[Cell], workers: int = 1) -> str:
-        """What all of these will take."""
-        guesses = [self.seconds(cell) for cell in cells]
-        known = [seconds for seconds in guesses if seconds is not None]
-        unknown = len(guesses) - len(known)
-        words = [f"about {tqdm.format_interval(sum(known) / workers)} left"] if known or not unknown else []
-        return ", ".join([*words, *([f"{unknown} of unknown length"] if unknown else [])])
-
-
 # ---- executors
 
 
-class Processes(ThreadPoolExecutor):
-    """An executor that gives each call a process of its own, `jobs` at a time.
-
-    So a cell that is killed, for want of memory say, takes no other with it, and the peak memory that a
-    record names is its own. The processes share torch's threads out among them, and end with this one.
-    """
-
-    def __init__(self, jobs: int):
-        if jobs < 1:
-            raise GridError(f"{jobs} jobs; there must be at least 1")
-        super().__init__(jobs)
-        self.threads = max(1, torch.get_num_threads() // jobs)
-        self.running: set = set()
-
-    def submit(self, function, *arguments) -> Future:
-        return super().submit(self._call, function, *arguments)
-
-    def _call(self, function, *arguments):
-        context = get_context("spawn")
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_send_result, args=(sender, self.threads, function, arguments))
-        process.start()
-        sender.close()
-        self.running.add(process)
-        try:
-            return receiver.recv()
-        except EOFError:
-            process.join()
-            raise RuntimeError(f"the cell's process ended with exit status {process.exitcode}") from None
-        finally:
-            process.join()
-            self.running.discard(process)
-
-    def __exit__(self, error, *about):
-        if error:
-            self.shutdown(wait=False, cancel_futures=True)
-            for process in list(self.running):
-                process.kill()
-        return super().__exit__(error, *about)
+def _processes(jobs: int) -> ProcessPoolExecutor:
+    """`jobs` processes that share torch's threads out among them, and end with this one."""
+    if jobs < 1:
+        raise GridError(f"{jobs} jobs; there must be at least 1")
+    threads = max(1, torch.get_num_threads() // jobs)
+    return ProcessPoolExecutor(jobs, get_context("spawn"), _start_process, (threads,))
 
 
-def _send_result(sender, threads: int, function, arguments) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
+def _start_process(threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    sender.send(function(*arguments))
 
 
 def _end_with_parent() -> None:
@@ -439,26 +343,24 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def executor(
-    jobs: int | None = None, scheduler: str = "", *, gpu: bool = False
-) -> Iterator[tuple[Executor | None, int]]:
-    """An executor for `run`, and how many cells it computes at once.
+def executor(jobs: int | None = None, scheduler: str = "", *, gpu: bool = False) -> Iterator[Executor | None]:
+    """An executor for `run`.
 
     `jobs` processes of this machine, or the workers of the Dask scheduler at the address `scheduler`, or with
     neither this process: None. With `gpu` a cell takes one unit of the resource GPU, with which workers are
-    started by `dask worker --resources GPU=1`. Raises GridError for a scheduler that cannot be reached.
+    started by `dask worker --resources GPU=1`. Raises GridError for a scheduler that cannot be reached. One
+    of `jobs` processes that is killed ends the others too; the next call tries their cells again.
     """
     if gpu and not scheduler:
         raise GridError("a GPU is a resource of Dask's workers: name their scheduler")
     if scheduler:
         with _client(scheduler) as client:
-            options = {"resources": {"GPU": 1}} if gpu else {}
-            yield client.get_executor(pure=False, **options), max(1, len(client.nthreads()))
+            yield client.get_executor(pure=False, **({"resources": {"GPU": 1}} if gpu else {}))
     elif jobs is not None:
-        with Processes(jobs) as processes:
-            yield processes, jobs
+        with _processes(jobs) as processes:
+            yield processes
     else:
-        yield None, 1
+        yield None
 
 
 def _client(address: str):
@@ -476,25 +378,20 @@ def _client(address: str):
 
 
 def overview(cells: Iterable[Cell], data_dir: str = "") -> str:
-    """What `run` would do, a line a cell: there, to do (with how long it may take), or failed, and why."""
-    by_path, estimate = _by_path(cells, data_dir), Estimate()
+    """What `run` would do, a line a cell: there, to do, or failed, and why."""
+    by_path = _by_path(cells, data_dir)
     missing = set(_missing(by_path))
-    lines = []
-    for cell in by_path.values():
-        error, seconds = failure_of(cell, data_dir), estimate.seconds(cell)
-        if cell not in missing:
-            lines.append(f"there   {cell}")
-        elif error:
-            lines.append(f"failed  {cell}: {error['type']}: {error['message']}")
-        else:
-            lines.append(f"to do   {cell}" + (f", {tqdm.format_interval(seconds)}" if seconds else ""))
+    lines = [f"{'to do' if cell in missing else 'there':6}  {cell}" for cell in by_path.values()]
+    for i, cell in enumerate(by_path.values()):
+        if cell in missing and (error := failure_of(cell, data_dir)):
+            lines[i] = f"failed  {cell}: {error['type']}: {error['message']}"
     total = f"{len(by_path)} cells: {len(by_path) - len(missing)} there, {len(missing)} to do"
-    return "\n".join([*lines, f"{total}; {estimate.text(missing)}"])
+    return "\n".join([*lines, total])
 
 
 def publish(cells: Iterable[Cell], data_dir: str = "") -> int:
     """Copy the records of these cells that are there to `figures/data`; returns how many."""
-    found = {path: read_record(path) for path in _by_path(cells, data_dir)}
-    for record in filter(None, found.values()):
-        (study_records.publish if "defence" in record["settings"] else study_records.publish_victim)(record)
-    return sum(record is not None for record in found.values())
+    found = [record for record in map(read_record, _by_path(cells, data_dir)) if record]
+    for record in found:
+        Records().publish(record)
+    return len(found)

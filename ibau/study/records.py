@@ -1,11 +1,9 @@
 """Records on disk: made once, written whole, checked when read; and the folders they lie in."""
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
-import socket
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 import ibau
 from ibau.data.files import whole_file
@@ -36,56 +35,58 @@ def key(settings: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def victim_path(described: dict) -> Path:
-    """Where a victim's record is kept, from what `describe` gave; its weights and triggers lie beside it."""
-    return runs_dir() / "models" / f"{victim_stem(described)}.json"
+class Records:
+    """The records below a folder, each under the name of its settings: the one door to them.
 
-
-def victim_stem(described: dict) -> str:
-    """The name a victim's files share, from what `describe` gave."""
-    count = described["attack"].count("+") + 1
-    attack = described["attack"] if count == 1 else f"{count}-triggers"
-    return f"{described['dataset']}-{attack}-{key(described)}"
-
-
-def kept(record: dict, suffix: str) -> Path:
-    """The file kept beside a record: ".safetensors", the defended model, or ".tensors"."""
-    about = record["settings"]
-    attacked = victim_stem(about["victim"]).rsplit("-", 1)[0]
-    stem = f"{attacked}-{about['defence']}-{key(about)}"
-    return runs_dir() / "records" / f"{stem}{suffix}"
-
-
-def recorded(folder: Path | None = None, *, defence: str = "") -> list[dict]:
-    """The records in `figures/data`, which the tables in README.md and the notebooks are drawn from.
-
-    Of one defence where it is named. Raises ValueError for a file that was cut short or edited.
+    folder   of the defences' records; None: `figures/data`, from which the tables and figures are drawn
+    victims  of the poisoned and clean models' records; None: `victims` in that folder
     """
-    found = _all_records(folder or figures_dir() / "data")
-    return [record for record in found if defence in ("", record["settings"]["defence"])]
+
+    def __init__(self, folder: Path | None = None, victims: Path | None = None):
+        self.folder = folder or figures_dir() / "data"
+        self.victims_folder = victims or self.folder / "victims"
+
+    def defences(self, name: str = "") -> list[dict]:
+        """The defences' records, or those of the defence `name`.
+
+        Raises ValueError for a file that was cut short or edited, or has no checksum.
+        """
+        return [r for r in _all_records(self.folder) if name in ("", r["settings"]["defence"])]
+
+    def victims(self) -> list[dict]:
+        """The victims' records; raises as `defences` does."""
+        return _all_records(self.victims_folder)
+
+    def path(self, settings: dict, suffix: str = ".json") -> Path:
+        """Where the record with these settings lies, or the weights, tensors or triggers beside it."""
+        if "defence" not in settings:
+            return self.victims_folder / f"{_attacked(settings)}-{key(settings)}{suffix}"
+        stem = f"{_attacked(settings['victim'])}-{settings['defence']}-{key(settings)}"
+        return self.folder / f"{stem}{suffix}"
+
+    def publish(self, record: dict) -> Path:
+        """Write a defence's or a victim's record into these folders."""
+        path = self.path(record["settings"])
+        write_record(path, record)
+        return path
 
 
-def recorded_victims(folder: Path | None = None) -> list[dict]:
-    """The victims' records in `figures/data/victims`; raises as `recorded` does."""
-    return _all_records(folder or figures_dir() / "data" / "victims")
+def runs() -> Records:
+    """The records of this machine's runs, with weights, tensors and triggers beside them."""
+    return Records(runs_dir() / "records", runs_dir() / "models")
+
+
+def _attacked(victim: dict) -> str:
+    count = victim["attack"].count("+") + 1
+    return f"{victim['dataset']}-{victim['attack'] if count == 1 else f'{count}-triggers'}"
 
 
 def _all_records(folder: Path) -> list[dict]:
     found = {path: read_record(path) for path in sorted(folder.glob("*.json"))}
     damaged = [path.name for path, record in found.items() if record is None]
     if damaged:
-        raise ValueError(f"{folder}: cut short or edited since it was written: {', '.join(damaged)}")
+        raise ValueError(f"{folder}: cut short or edited since they were written: {', '.join(damaged)}")
     return list(found.values())
-
-
-def publish_victim(record: dict) -> Path:
-    """Write a victim's record to `figures/data/victims`, under the name of its settings."""
-    return write_json(figures_dir() / "data" / "victims" / f"{victim_stem(record['settings'])}.json", record)
-
-
-def publish(record: dict) -> Path:
-    """Write a record to `figures/data`, under the name of its settings."""
-    return write_json(figures_dir() / "data" / kept(record, ".json").name, record)
 
 
 def figures_dir() -> Path:
@@ -106,34 +107,33 @@ def write_headline(profile_name: str, records: list[dict]) -> Path:
 
 
 def once(path: Path, make: Callable[[], dict]) -> dict:
-    """The record at `path`; where there is none that is whole, what `make` writes there and returns.
+    """The record at `path`; where there is none that is whole, what `make` returns, which is written there.
 
     One process makes it while others that want it wait, on this machine and on those that share the folder.
-    The lock is the kernel's (flock), on a file in `runs/locks` that also names its holder: it ends with the
-    process that holds it, however that ends. Linux passes it on to an NFS server, unless the folder is
-    mounted with nolock or local_lock. Where hosts cannot lock each other out, a record may be made twice, and
-    the last one stays, whole.
+    The lock is the operating system's, on a file in `runs/locks`: it ends with the process that holds it,
+    however that ends. Where a file system has no locks, a record may be made twice, and the last one stays.
     """
     found = read_record(path)
     if found is None:
         with _alone(path):
-            found = read_record(path) or make()
+            found = read_record(path) or write_record(path, make())
     return found
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    lock = runs_dir() / "locks" / f"{path.stem}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:  # a file system without locks
-            warnings.warn(f"{lock} cannot be locked ({error}); a record may be made twice", stacklevel=4)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+    lock = FileLock(runs_dir() / "locks" / f"{path.stem}.lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        warnings.warn(
+            f"{lock.lock_file} cannot be locked ({error}); a record may be made twice", stacklevel=4
+        )
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def write_record(path: Path, record: dict) -> dict:
@@ -145,17 +145,13 @@ def write_record(path: Path, record: dict) -> dict:
 
 
 def read_record(path: Path) -> dict | None:
-    """The record at `path`; None if there is none, or it was cut short or edited since it was written.
-
-    One without a checksum is of before there were any, and taken as it is.
-    """
+    """The record at `path`; None if there is none, or it was cut short or edited since it was written."""
     try:
         record = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
-    if not isinstance(record, dict) or record.get("checksum", _checksum(record)) != _checksum(record):
-        return None
-    return record
+    whole = isinstance(record, dict) and record.get("checksum") == _checksum(record)
+    return record if whole else None
 
 
 def _checksum(record: dict) -> str:

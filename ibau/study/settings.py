@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from ibau.attacks import ALL_TO_ALL, ATTACKS
+from ibau.checks import known
 from ibau.networks import models
 from ibau.networks.training import TrainSettings
 
@@ -35,8 +36,7 @@ class VictimSettings:
             raise ValueError(f"strength is of one attack; {self.attack!r} takes None")
         if len(self.attacks) > 1 and self.target == ALL_TO_ALL:
             raise ValueError(f"several attacks have a target class each; {ALL_TO_ALL!r} takes one attack")
-        if self.architecture not in models.MODELS:
-            raise ValueError(f"unknown architecture {self.architecture!r}; valid: {', '.join(models.MODELS)}")
+        known("architecture", self.architecture, models.MODELS)
         if not self.attacks:  # nothing is poisoned, so all ratios share one model
             object.__setattr__(self, "poison_ratio", VictimSettings.poison_ratio)
 
@@ -92,8 +92,7 @@ def standard_victims(effort: Profile, **other) -> dict[str, VictimSettings]:
 
 def profile(name: str, dataset: str = "") -> Profile:
     """The named profile, on another data set if `dataset` names one. Raises ValueError for an unknown one."""
-    if name not in PROFILES:
-        raise ValueError(f"unknown profile {name!r}; valid: {', '.join(PROFILES)}")
+    known("profile", name, PROFILES)
     chosen = PROFILES[name]
     if dataset and dataset != chosen.dataset:
         # The profile's effort stays; how many clean images there are to have is the data set's matter.

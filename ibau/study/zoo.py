@@ -18,9 +18,9 @@ import torch
 import ibau
 from ibau.attacks import Trigger
 from ibau.networks import checkpoints, models
-from ibau.study import records as study_records
-from ibau.study import settings as study_settings
 from ibau.study.experiment import Victim
+from ibau.study.records import Records, read_record, runs, write_record
+from ibau.study.settings import profile, standard_victims
 
 KEPT = (("desk", "cifar10"), ("desk", "gtsrb"), ("quick", "mnist5k"))  # whose victims of seed 0 are kept
 MOST = 25_000_000  # bytes, all files together
@@ -46,7 +46,7 @@ def load(name: str, folder: Path | None = None) -> Victim:
     Raises ZooError for an unknown name, listing the valid ones.
     """
     folder = folder or zoo_dir()
-    record = study_records.read_record(folder / f"{name}.json") if name in names(folder) else None
+    record = read_record(folder / f"{name}.json") if name in names(folder) else None
     if record is None:
         raise ZooError(f"no model {name!r} in the zoo; there are {', '.join(names(folder)) or 'none'}")
     about, weights = record["settings"], folder / f"{name}.safetensors"
@@ -60,11 +60,9 @@ def load(name: str, folder: Path | None = None) -> Victim:
 
 def standard() -> dict[str, dict]:
     """Name -> the published record of the victim that belongs in the zoo; seed 0 of the tables' settings."""
-    published, found = study_records.recorded_victims(), {}
-    for profile, dataset in KEPT:
-        for label, settings in study_settings.standard_victims(
-            study_settings.profile(profile, dataset)
-        ).items():
+    published, found = Records().victims(), {}
+    for effort, dataset in KEPT:
+        for label, settings in standard_victims(profile(effort, dataset)).items():
             wanted = asdict(settings)
             same = [r for r in published if {name: r["settings"].get(name) for name in wanted} == wanted]
             if same:
@@ -97,8 +95,8 @@ def make(folder: Path | None = None) -> list[str]:
 
 def _add(name: str, record: dict, folder: Path) -> None:
     about = record["settings"]
-    note = study_records.victim_path(about)
-    if (study_records.read_record(note) or {}).get("measured") != record["measured"]:
+    note = runs().path(about)
+    if (read_record(note) or {}).get("measured") != record["measured"]:
         raise ZooError(f"{name}: the model of the published record is not in {note.parent}: {note.name}")
     state = checkpoints.load_state(note.with_suffix(".safetensors"))
     half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
@@ -110,7 +108,7 @@ def _add(name: str, record: dict, folder: Path) -> None:
     for one in record["attacks"]:
         trigger = note.with_suffix(f".{one['attack']}.trigger")
         shutil.copyfile(trigger, folder / f"{name}.{one['attack']}.trigger")
-    study_records.write_record(folder / f"{name}.json", record)
+    write_record(folder / f"{name}.json", record)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from ibau.checks import positive
 from ibau.hypergradient.implicit import implicit_hypergradient
 from ibau.hypergradient.layers import exact_float32
 from ibau.hypergradient.solvers import neumann
-from ibau.unlearning.common import Perturbation, Unlearned, arranged, batches, line_of, numbers, prepare
+from ibau.unlearning.common import Perturbation, Unlearned, arranged, batches, line_of, prepare
 from ibau.unlearning.ibau import cross_entropy, follow
 
 BATCH = 100
@@ -112,7 +112,7 @@ def authors(
         solved = time.perf_counter()
         for _ in range(a_pass):
             h = _outer_step(inner, found.delta, *next(clean), optimizer, generator)
-            steps.append(numbers(h))
+            steps.append(h.numbers())
         line = line_of(found, steps, solved - began, time.perf_counter() - began)
         history.append({"round": number, **line, "rate": LR})
         deltas.append(found.delta[0].cpu())

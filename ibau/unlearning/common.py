@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ibau.hypergradient.implicit import Hypergradient
 from ibau.hypergradient.layers import cheapen, restore
 from ibau.networks.models import device_of, takes_channels_last
 from ibau.networks.training import to_float
@@ -215,32 +214,25 @@ def measured(inner, delta: Tensor) -> Perturbation:
     return Perturbation(delta, loss.item(), stationarity.item())
 
 
-def numbers(h: Hypergradient) -> dict[str, float]:
-    """What the history says of an outer step."""
-    return {
-        "outer_loss": h.loss,
-        "implicit_over_direct": h.ratio,
-        "residual": h.solution.residual,
-        "contraction": h.solution.contraction,
-    }
-
-
-def line_of(found: Perturbation, steps: list[dict], inner_seconds: float, seconds: float) -> dict:
+def line_of(found: Perturbation, steps: list[Tensor], inner_seconds: float, seconds: float) -> dict:
     """A round's line of the history: the inner solution, and the means over the outer steps.
 
-    Raises UnlearningError where a loss or a hypergradient was not finite.
+    `steps` holds `Hypergradient.numbers()` of each of them. Raises UnlearningError where a loss or a
+    hypergradient was not finite.
     """
     if not math.isfinite(found.loss):
         raise UnlearningError(f"the inner loss became {found.loss}")
-    for step in steps:
-        loss, ratio = step["outer_loss"], step["implicit_over_direct"]
-        if not (math.isfinite(loss) and math.isfinite(ratio)):
-            raise UnlearningError(f"the outer loss became {loss} and |implicit| / |direct| {ratio}")
+    table = torch.stack(steps).cpu()  # the one wait for the device in a round's outer steps
+    ruined = table[~table[:, :2].isfinite().all(1)]
+    if len(ruined):
+        loss, ratio = ruined[0, :2].tolist()
+        raise UnlearningError(f"the outer loss became {loss} and |implicit| / |direct| {ratio}")
+    names = ("outer_loss", "implicit_over_direct", "residual", "contraction")
     return {
         "inner_loss": found.loss,
         "delta_norm": found.delta.norm().item(),
         "stationarity": found.stationarity,
-        **{name: sum(step[name] for step in steps) / len(steps) for name in steps[0]},
+        **dict(zip(names, table.double().mean(0).tolist(), strict=True)),
         "inner_seconds": inner_seconds,
         "seconds": seconds,
     }

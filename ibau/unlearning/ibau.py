@@ -48,7 +48,6 @@ from ibau.unlearning.common import (
     cosine,
     line_of,
     measured,
-    numbers,
     prepare,
     set_rate,
 )
@@ -259,7 +258,7 @@ def unlearn(
                     done = (len(history) * settings.outer_steps + step) / in_all
                     set_rate(optimizer, cosine(guard.rate, done))
                     h = outer_step(inner, found.delta, *next(clean), optimizer, generator)
-                    steps.append(numbers(h))  # not h: it holds gradients as large as the weights
+                    steps.append(h.numbers())  # not h: it holds gradients as large as the weights
                 line = line_of(found, steps, solved - began, time.perf_counter() - began)
             if guard.undone:
                 continue
