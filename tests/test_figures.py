@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ibau.attacks import ALL_TO_ALL, Trigger, badnets, blend
+from ibau.attacks import ALL_TO_ALL, ATTACKS, Trigger, badnets, blend
 from ibau.defences import DEFENCES
 from ibau.report import figures, frame, readme, tables
 from ibau.study import grid
@@ -206,47 +206,6 @@ def test_triggers_are_made_visible():
     assert torch.equal(figures.visible(whole), whole.pattern)
 
 
-def test_a_gallery_shows_image_trigger_poison_and_change(axes):
-    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.5
-    trigger = badnets(32)
-    figures.plot_gallery(axes, image, trigger)
-    assert torch.equal(drawn(axes[0]), image.permute(1, 2, 0))
-    assert torch.equal(drawn(axes[2]), trigger(image[None])[0].permute(1, 2, 0))
-    change = drawn(axes[3])
-    assert change[:27].eq(0.5).all() and change.max() == 1
-    assert not axes[5].axison  # nothing was optimised
-
-
-def test_the_spectrum_of_a_constant_is_one_bright_corner(axes):
-    figures.plot_spectrum(axes[0], torch.full((3, 32, 32), 0.5))
-    shown = drawn(axes[0])
-    assert shown[0, 0] == pytest.approx(math.log10(16)) and shown.flatten()[1:].max() < -3
-
-
-def test_the_rise_is_drawn_from_the_settings(axes):
-    activation = {"before": 0.5, "after": 2.0, "clean_max": 1.5, "after_min": 1.0}
-    figures.plot_rise(axes[0], {"activation_by_step": [0.5, 1.0, 2.0], "activation": activation})
-    assert axes[0].lines[0].get_ydata().tolist() == [0.5, 1.0, 2.0]
-    assert [line.get_ydata()[0] for line in axes[0].lines[1:]] == [1.5, 0.5]
-    figures.plot_rise(axes[1], {"fooled_by_pass": [0.1, 0.25]})
-    assert axes[1].lines[0].get_ydata().tolist() == [10, 25]
-
-
-def test_strengths_have_a_line_an_attack_with_its_default_marked(axes):
-    curves = pd.DataFrame(
-        [(attack, times, 30 - 6 * times) for attack in ("a", "b") for times in (2, 0.5, 1)],
-        columns=["attack", "times", "psnr"],
-    )
-    figures.plot_strengths(axes[0], curves)
-    lines, legend = axes[0].lines, axes[0].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
-    assert lines[0].get_xdata().tolist() == [0.5, 1, 2]
-    assert (lines[1].get_xdata().tolist(), lines[1].get_ydata().tolist()) == ([1], [24])
-    figures.plot_tradeoff(axes[1], curves[curves["attack"] == "a"].assign(gain=[3, 1, 2]))
-    assert axes[1].lines[0].get_ydata().tolist() == [1, 2, 3]
-    assert axes[1].lines[1].get_ydata().tolist() == [2]
-
-
 def test_roles_are_coloured_by_what_is_written(axes):
     people = ("attacker", "defender")
     roles = {
@@ -266,7 +225,7 @@ def a_victim(label, acc=0.9, asr=0.97, seed=0, **other):
     """The record of the victim with this label, as `experiments.victim` writes them."""
     attack, target = {"clean": ("none", 0), **STANDARD}[label]
     several = attack.split("+") if attack != "none" else []
-    hidden = dict.fromkeys(figures.STEALTH, 0.25)
+    hidden = {"psnr": 25.0, "ssim": 0.25}
     about = {
         "dataset": "somewhere",
         "attack": attack,
@@ -286,64 +245,6 @@ def a_victim(label, acc=0.9, asr=0.97, seed=0, **other):
             for i, name in enumerate(several)
         ],
     }
-
-
-EXPECTED = dict.fromkeys(STANDARD, 0.95) | {"Smooth": 0.9}
-
-
-def test_victims_trained_alike_come_together():
-    records = [a_victim("clean"), a_victim("BadNets"), a_victim("BadNets", seed=1), a_victim("Smooth")]
-    other = [
-        a_victim("BadNets", train_images=100),
-        a_victim("BadNets", training={"epochs": 3, "lr": 1e-2}),
-        a_victim("BadNets", strength=2),  # no standard setting
-        a_victim("BadNets", target=3),
-    ]
-    groups = figures.trained_alike(records + other)
-    first, fewer, faster = groups
-    assert first == "somewhere, 5,000 images, 3 epochs" and fewer == "somewhere, 100 images, 3 epochs"
-    assert faster == f"{first} (2)"
-    assert {label: len(same) for label, same in groups[first].items()} == {
-        "clean": 1,
-        "BadNets": 2,
-        "Smooth": 1,
-    }
-    assert figures.trained_alike([]) == {}
-
-
-def test_the_victims_table_says_what_was_expected_and_what_is_missing():
-    records = [
-        a_victim("clean", acc=0.95),
-        a_victim("BadNets", acc=0.93),
-        a_victim("Blend", acc=0.92),
-        a_victim("l0-inv", asr=0.93),
-        a_victim("Smooth", asr=0.93, acc=0.96),
-    ]
-    (found,) = figures.trained_alike(records).values()
-    table = figures.victims_table(found, EXPECTED)
-    assert list(table.index) == ["clean", *STANDARD]
-    verdict = table["as expected"]
-    assert verdict["BadNets"] == "yes" and verdict["Blend"] == "no: ACC"
-    assert verdict["l0-inv"] == "no: ASR < 95%" and verdict["Smooth"] == "yes"
-    assert table.loc["Smooth", "ACC - clean"] == "+1.0" and table.loc["BadNets", "n"] == 900
-    assert table.loc["clean", ["ASR", "as expected"]].tolist() == ["", ""] and table.loc["clean", "n"] == 1000
-    assert table.loc["l2-inv", "ACC"] == "not run"
-    nothing = figures.victims_table({}, EXPECTED)
-    assert len(nothing) == 10 and nothing["ACC"].eq("not run").all()
-    alone = figures.victims_table({"BadNets": [a_victim("BadNets")]}, EXPECTED)
-    assert alone.loc["BadNets", "as expected"] == "no clean model"
-
-
-def test_two_points_lost_are_still_as_expected():
-    """0.98 - 0.96 is a little more than 0.02 in binary."""
-    found = {"clean": [a_victim("clean", acc=0.98)], "BadNets": [a_victim("BadNets", acc=0.96)]}
-    assert figures.victims_table(found, EXPECTED).loc["BadNets", "as expected"] == "yes"
-
-
-def test_several_seeds_of_a_victim_show_their_spread():
-    same = [a_victim("BadNets", asr=0.9), a_victim("BadNets", asr=1.0, seed=1)]
-    row = figures.victims_table({"clean": [a_victim("clean")], "BadNets": same}, EXPECTED).loc["BadNets"]
-    assert (row["ASR"], row["n"], row["as expected"]) == ("95.0 ± 7.1", 1800, "yes")
 
 
 def test_a_frame_of_victims_tells_apart_how_they_were_trained():
@@ -371,27 +272,12 @@ def test_a_patch_is_shown_on_grey_and_an_added_one_by_its_sign():
     assert torch.equal(figures.as_picture(-picture), figures.signed(-picture))
 
 
-def test_the_stealth_table_has_a_row_a_trigger():
-    labels = ["seven triggers", "all-to-all", "Smooth", "clean", "BadNets"]
-    (found,) = figures.trained_alike([a_victim(label) for label in labels]).values()
-    table = figures.stealth_table(found)
-    assert list(table.index) == ["BadNets", "Smooth"]
-    assert list(table.columns) == list(figures.STEALTH.values()) and table.eq(0.25).all(axis=None)
-    assert list(figures.stealth_table({}).columns) == list(table.columns)
-
-
-def test_each_of_several_triggers_has_its_row():
-    table = figures.triggers_table(
-        {"here": [a_victim("seven triggers")], "there": [a_victim("seven triggers")]}
-    )
-    assert table.shape == (7, 2) and table.index[0] == "badnets → 0"
-    assert table.loc["smooth → 6", "here"] == "97.0 [96.0, 98.0]"
-
-
-def test_recorded_victims_make_tables():
-    for found in figures.trained_alike(Records().victims()).values():
-        assert len(figures.victims_table(found, EXPECTED)) == 10
-        assert set(figures.stealth_table(found).index) <= set(STANDARD)
+def test_a_frame_of_triggers_has_a_row_a_trigger():
+    rows = frame.of_triggers(a_victim(label) for label in ("clean", "BadNets", "seven triggers"))
+    assert rows["attack"].tolist() == ["BadNets", *["seven triggers"] * 7]
+    assert rows["trigger"].tolist() == ["badnets", *ATTACKS] and rows["target"].tolist() == [8, *range(7)]
+    assert set(rows["asr"]) == {97.0} and set(rows["psnr"]) == {25.0}
+    assert set(rows["trained"]) == {"somewhere, 5,000 images, 3 epochs"}
 
 
 # ---- defences

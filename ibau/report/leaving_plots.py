@@ -2,14 +2,11 @@
 
 import re
 
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from ibau.attacks import Trigger
-from ibau.measure.stealth import spectrum
 from ibau.report.figures import (
     ATTACKED,
     MUTED,
@@ -19,8 +16,6 @@ from ibau.report.figures import (
     class_ticks,
     plot_image,
     short,
-    signed,
-    visible,
 )
 
 # ---- notebook 00_start_here
@@ -117,110 +112,6 @@ def plot_roles(ax: Axes, roles: dict[str, dict[str, str]]) -> Axes:
     ax.xaxis.tick_top()
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    return ax
-
-
-# ---- notebook 02_attack_generation
-
-
-def plot_spectrum(ax: Axes, change: Tensor, title: str = "") -> Axes:
-    """DCT magnitudes of a change `(3, H, W)`, averaged over channels, as powers of ten from 10^-3 to 10.
-
-    The mean is in the upper left corner; beyond the dashed line `stealth` calls frequencies high.
-    """
-    magnitude = spectrum(change).mean(0).clamp(min=1e-9).log10()
-    height, width = magnitude.shape
-    ax.imshow(magnitude.numpy(), cmap="magma", vmin=-3, vmax=1, interpolation="nearest")
-    ax.plot([-0.5, width - 0.5], [height - 0.5, -0.5], "--", color="white", linewidth=1)
-    ax.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    ax.set_title(title, fontsize="small")
-    ax.spines[:].set(visible=True, color="lightgrey")
-    return ax
-
-
-def plot_rise(ax: Axes, settings: dict) -> Axes:
-    """How an optimised trigger grew, from its settings: its neurons' activation, or the share it fooled.
-
-    Where neurons were driven, the line is their highest activation on any clean image. An axis stays empty
-    for a trigger that was not optimised.
-    """
-    if "activation_by_step" in settings:
-        steps, before_after = settings["activation_by_step"], settings["activation"]
-        ax.plot(range(1, len(steps) + 1), steps, color=ATTACKED)
-        ax.axhline(before_after["clean_max"], color=MUTED, linestyle="--", linewidth=1)
-        ax.axhline(before_after["before"], color=MUTED, linestyle=":", linewidth=1)
-        ax.set(xlabel="step", ylim=(min(0, *steps), 1.1 * max(*steps, before_after["clean_max"])))
-        ax.set_title("activation", fontsize="small")
-    elif "fooled_by_pass" in settings:
-        shares = settings["fooled_by_pass"]
-        ax.plot(range(1, len(shares) + 1), [100 * share for share in shares], "o-", color=ATTACKED)
-        ax.set(xlabel="pass", xticks=range(1, len(shares) + 1), ylim=(0, 115 * max(shares) or 1))
-        ax.set_title("% fooled", fontsize="small")
-    else:
-        ax.set_axis_off()
-    ax.yaxis.tick_right()  # on the left it would run into the picture beside it
-    ax.spines[["left", "right"]].set_visible(False)
-    return ax
-
-
-def plot_gallery(axes, image: Tensor, trigger: Trigger):
-    """One trigger on one image `(3, H, W)` in [0, 1], on six axes.
-
-    The image; the trigger, scaled to be seen; the image with it; their difference, scaled; its DCT spectrum;
-    and how the trigger grew.
-    """
-    poisoned = trigger(image[None])[0]
-    change = poisoned - image
-    plot_image(axes[0], image, "clean")
-    plot_image(axes[1], visible(trigger), "trigger, scaled")
-    plot_image(axes[2], poisoned, "poisoned")
-    plot_image(axes[3], signed(change), f"difference, max {change.abs().max():.2f}")
-    plot_spectrum(axes[4], change, "its DCT spectrum")
-    plot_rise(axes[5], trigger.settings)
-    return axes
-
-
-def plot_strengths(ax: Axes, curves: pd.DataFrame) -> Axes:
-    """PSNR against strength, a line an attack, each one's default marked.
-
-    `curves` has the columns attack, times (the strength as a multiple of the default) and psnr. Beyond
-    45 dB, where next to nothing changes, a line leaves the chart.
-    """
-    markers = "osD^vP*X"
-    for i, (attack, line) in enumerate(curves.groupby("attack", sort=False)):
-        line, colour = line.sort_values("times"), PALETTE[i % len(PALETTE)]
-        marker = markers[i % len(markers)]
-        ax.plot(line["times"], line["psnr"], marker=marker, color=colour, markersize=4, label=attack)
-        default = line[line["times"] == 1]
-        ax.plot(
-            default["times"],
-            default["psnr"],
-            marker=marker,
-            color=colour,
-            markersize=9,
-            markeredgecolor="black",
-        )
-    ax.axhline(25, color="black", linestyle="--", linewidth=1)
-    ax.set_xscale("log", base=2)
-    ticks = [2.0**power for power in range(-2, 2)]
-    ax.set_xticks(ticks, ["¼", "½", "1", "2"])
-    ax.set(xlabel="strength, in multiples of the default", ylabel="PSNR, dB", ylim=(0, 45))
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return ax
-
-
-def plot_tradeoff(ax: Axes, curve: pd.DataFrame) -> Axes:
-    """What a lower PSNR buys one attack; its default is marked.
-
-    `curve` has the columns times (the strength as a multiple of the default), psnr and gain.
-    """
-    curve = curve.sort_values("times")
-    default = curve[curve["times"] == 1]
-    ax.plot(curve["psnr"], curve["gain"], "o-", markersize=4)
-    ax.plot(default["psnr"], default["gain"], "o", color=PALETTE[0], markersize=9, markeredgecolor="black")
-    ax.axvline(25, color="black", linestyle="--", linewidth=1)
-    ax.set(xlabel="PSNR, dB", ylim=(0, None))
-    ax.invert_xaxis()
     return ax
 
 

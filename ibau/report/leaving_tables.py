@@ -9,12 +9,11 @@ import pandas as pd
 from ibau.attacks import ALL_TO_ALL
 from ibau.defences import DEFENCES
 from ibau.defences.inversion import POLICIES
-from ibau.report.frame import attack_label, match
+from ibau.report.frame import match
 from ibau.study import grid
 from ibau.study.records import key
-from ibau.study.settings import STANDARD
 
-# ---- notebook 02_attack_generation
+# ---- notebook 05_baselines
 
 
 def _cell(rates: list[dict]) -> str:
@@ -22,106 +21,6 @@ def _cell(rates: list[dict]) -> str:
     if len(values) == 1:
         return f"{values[0]:.1f} [{100 * rates[0]['low']:.1f}, {100 * rates[0]['high']:.1f}]"
     return f"{mean(values):.1f} ± {stdev(values):.1f}"
-
-
-def trained_alike(records: list[dict]) -> dict[str, dict[str, list[dict]]]:
-    """Victims' records by how they were trained, and in that by their label in the STANDARD settings.
-
-    The outer key names the data set, its training images and the epochs; records that differ in anything
-    but attack, target and seed are kept apart, with a number where the name would not tell them. Records of
-    other attacks, or of another strength than the default, are left out.
-    """
-    labels = {"clean", *STANDARD}
-    groups: dict[str, dict[str, list[dict]]] = {}
-    names: dict[str, str] = {}
-    for record in records:
-        about = record["settings"]
-        label = attack_label(about)
-        if label not in labels or about["strength"] is not None:
-            continue
-        common = {k: v for k, v in about.items() if k not in ("attack", "target", "seed", "split_seed")}
-        named = key(common)
-        if named not in names:
-            name = (
-                f"{about['dataset']}, {about['train_images']:,} images, {about['training']['epochs']} epochs"
-            )
-            same = sum(other.startswith(name) for other in names.values())
-            names[named] = f"{name} ({same + 1})" if same else name
-        groups.setdefault(names[named], {}).setdefault(label, []).append(record)
-    return groups
-
-
-def victims_table(found: dict[str, list[dict]], expected: dict[str, float]) -> pd.DataFrame:
-    """One row per label of `expected`, the clean model first: ACC and ASR in percent, and what was expected.
-
-    `found` is one of the groups of `trained_alike`, `expected` label -> the least ASR. ACC should be within
-    2 points of the clean model's. A model that was never trained has "not run" in its row.
-    """
-    clean = _mean(found["clean"], "acc") if "clean" in found else None
-    rows = {}
-    for label in ("clean", *expected):
-        same = found.get(label, [])
-        if not same:
-            rows[label] = {"ACC": "not run", "ASR": "", "n": "", "ACC - clean": "", "as expected": ""}
-            continue
-        attacked = same[0]["measured"]["asr"] is not None
-        change = None if clean is None or not attacked else 100 * (_mean(same, "acc") - clean)
-        rows[label] = {
-            "ACC": _cell([record["measured"]["acc"] for record in same]),
-            "ASR": _cell([record["measured"]["asr"] for record in same]) if attacked else "",
-            "n": sum(record["measured"]["asr" if attacked else "acc"]["n"] for record in same),
-            "ACC - clean": "" if change is None else f"{change:+.1f}",
-            "as expected": _verdict(same, change, expected[label]) if attacked else "",
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def _verdict(same: list[dict], change: float | None, least: float) -> str:
-    if _mean(same, "asr") < least:
-        return f"no: ASR < {least:.0%}"
-    if change is None:
-        return "no clean model"
-    return "yes" if round(change, 6) >= -2 else "no: ACC"
-
-
-def _mean(records: list[dict], rate: str) -> float:
-    return mean(record["measured"][rate]["value"] for record in records)
-
-
-STEALTH = {  # the measures shown, see attacks.stealth
-    "l0": "l0, pixels",
-    "l2": "l2",
-    "linf": "l∞",
-    "psnr": "PSNR, dB",
-    "ssim": "SSIM",
-    "high_frequency": "HF of change",
-    "high_frequency_clean": "HF clean",
-    "high_frequency_poisoned": "HF poisoned",
-}
-
-
-def stealth_table(found: dict[str, list[dict]]) -> pd.DataFrame:
-    """How well each trigger hides: a row per label of a single trigger, from a group of `trained_alike`."""
-    rows = {}
-    for label, same in found.items():
-        if len(same[0]["attacks"]) != 1 or same[0]["settings"]["target"] == ALL_TO_ALL:
-            continue  # no trigger, several, or one that has a row already
-        measured = [record["attacks"][0]["stealth"] for record in same]
-        rows[label] = {name: mean(values[name] for values in measured) for name in STEALTH}
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(STEALTH)).rename(columns=STEALTH)
-    return table.reindex([label for label in STANDARD if label in rows])
-
-
-def triggers_table(groups: dict[str, list[dict]]) -> pd.DataFrame:
-    """ASR of each trigger of models with several, in percent: a row a trigger, a column a group."""
-    columns = {}
-    for name, same in groups.items():
-        each = zip(*(record["attacks"] for record in same), strict=True)
-        columns[name] = {f"{a[0]['attack']} → {a[0]['target']}": _cell([x["asr"] for x in a]) for a in each}
-    return pd.DataFrame(columns)
-
-
-# ---- notebook 05_baselines
 
 
 def by_defence(cells: Iterable[grid.Cell], records: list[dict]) -> dict[str, list[dict]]:
