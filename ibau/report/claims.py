@@ -19,7 +19,13 @@ from ibau.report.tables import LEAST, NEAR, beside_best, ratios
 from ibau.study import grid
 from ibau.study.records import figures_dir
 
-VERDICTS = HOLDS, PARTLY, FAILS, UNMEASURED = "holds", "holds in part", "does not hold", "not measured"
+VERDICTS = HOLDS, PARTLY, FAILS, UNDECIDED, UNMEASURED = (
+    "holds",
+    "holds in part",
+    "does not hold",
+    "not decided",  # the interval is wider than the difference that matters
+    "not measured",
+)
 NOTHING = UNMEASURED, "–"
 REAL = ("cifar10", "gtsrb")  # the paper's data sets; each at both of the profiles that are meant for them
 MANY = 5  # attacks of the nine, on each data set, before a comparison over attacks holds
@@ -116,16 +122,21 @@ def c3(found: Evidence) -> tuple[str, str]:
 
     The implicit term helps: `fp5` less `direct` is below 0 in ASR or above 0 in ACC. The naive heuristic is
     unstable: `naive` less `fp5` is above 0 in the mean rise of ASR or fall of ACC between rounds. A mean of
-    less than a point counts as none. Holds with both, in part with one.
+    less than a point counts as none. Holds with both, in part with one. Not decided where an interval reaches
+    to a difference of a point or more, so that the part can neither be shown nor excluded.
     """
     asr, acc = (_difference(found.implicit, value, "fp5", "direct") for value in ("asr_after", "acc_after"))
     rise, fall = (_difference(found.implicit, value, "naive", "fp5") for value in ("asr_rise", "acc_fall"))
     if asr is None or rise is None:
         return NOTHING
-    helps = asr[0] <= -MATTERS and asr[2] < 0 or acc[0] >= MATTERS and acc[1] > 0
-    unstable = any(mean >= MATTERS and low > 0 for mean, low, _ in (rise, fall))
+    helps = [_shown((-asr[0], -asr[2], -asr[1])), _shown(acc)]
+    unstable = [_shown(rise), _shown(fall)]
     said = f"ASR with the term less without {_interval(asr)}; rise of ASR, naive less with {_interval(rise)}"
-    return (FAILS, PARTLY, HOLDS)[int(helps) + int(unstable)], f"{said} points ({CONFIDENCE:.0%} intervals)"
+    said = f"{said} points ({CONFIDENCE:.0%} intervals)"
+    parts = [True if True in part else None if None in part else False for part in (helps, unstable)]
+    if True in parts:
+        return (HOLDS if all(parts) else PARTLY), said
+    return (UNDECIDED if None in parts else FAILS), said
 
 
 def c4(found: Evidence) -> tuple[str, str]:
@@ -304,6 +315,12 @@ def _difference(runs: pd.DataFrame, value: str, method: str, other: str) -> Inte
         return None
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1) * x.std() / math.sqrt(len(x))
     return x.mean(), x.mean() - half, x.mean() + half
+
+
+def _shown(difference: Interval) -> bool | None:
+    """Is the difference above 0 and large enough to matter? None where its interval leaves that open."""
+    middle, low, high = difference
+    return True if middle >= MATTERS and low > 0 else None if high >= MATTERS else False
 
 
 def _interval(difference: Interval) -> str:
