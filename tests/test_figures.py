@@ -189,10 +189,6 @@ def axes():
     plt.close(figure)
 
 
-def drawn(ax):
-    return torch.tensor(ax.images[0].get_array())
-
-
 def added(pattern):
     return Trigger("added", "add", pattern, torch.ones(1, *pattern.shape[1:]))
 
@@ -206,23 +202,11 @@ def test_triggers_are_made_visible():
     assert torch.equal(figures.visible(whole), whole.pattern)
 
 
-def test_roles_are_coloured_by_what_is_written(axes):
-    people = ("attacker", "defender")
-    roles = {
-        "trigger": dict(zip(people, ("controls: one", "knows"), strict=True)),
-        "rest": dict.fromkeys(people, ""),
-    }
-    figures.plot_roles(axes[0], roles)
-    colours = [tuple(round(c, 2) for c in patch.get_facecolor()) for patch in axes[0].patches]
-    assert len(set(colours)) == 3 and colours[2] == colours[3]
-    assert [text.get_text() for text in axes[0].get_xticklabels()] == list(people)
-
-
 # ---- victims
 
 
 def a_victim(label, acc=0.9, asr=0.97, seed=0, **other):
-    """The record of the victim with this label, as `experiments.victim` writes them."""
+    """The record of the victim with this label, as `experiment.victim` writes them."""
     attack, target = {"clean": ("none", 0), **STANDARD}[label]
     several = attack.split("+") if attack != "none" else []
     hidden = {"psnr": 25.0, "ssim": 0.25}
@@ -291,49 +275,14 @@ def lines_of(norms, flagged=()):
     ]
 
 
-def test_reversed_triggers_come_smallest_first_and_flagged_ones_framed(axes):
-    found = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    figures.plot_classes(axes, found, lines_of([5.0, 1.0, 9.0], flagged=[1]))
-    assert [ax.get_title() for ax in axes[:3]] == ["1: 11.0", "0: 10.0", "2: 12.0"]
-    framed = [ax.spines["left"].get_edgecolor()[:3] == figures.ATTACKED for ax in axes[:3]]
-    assert framed == [True, False, False]
-    assert not axes[3].axison  # there is no fourth class
-    m, p = found[1, :1], found[1, 1:]
-    assert torch.allclose(drawn(axes[0]), (m * p + (1 - m) * 0.5).permute(1, 2, 0))
-
-
-def test_classes_with_a_score_are_sorted_by_it(axes):
-    lines = [{**line, "score": -line["norm"]} for line in lines_of([1.0, 2.0])]
-    figures.plot_classes(axes[:2], torch.zeros(2, 3, 4, 4), lines)
-    assert [ax.get_title() for ax in axes[:2]] == ["1: 11.0", "0: 10.0"]
-
-
-def test_the_pruning_curve_shows_where_it_stopped_and_what_was_allowed(axes):
-    curve = [{"pruned": i, "held_out_acc": acc} for i, acc in enumerate((0.9, 0.88, 0.7))]
-    evidence = {"curve": curve, "pruned": 1, "channels": 8, "tolerance": 0.05, "held_out_acc_before": 0.9}
-    figures.plot_pruning(axes[0], evidence)
-    line, stop, least = axes[0].lines
-    assert line.get_ydata() == pytest.approx([90, 88, 70])
-    assert (stop.get_xdata(), stop.get_ydata()) == ([1], [88])
-    assert least.get_ydata()[0] == pytest.approx(85)
-
-
-def test_attention_is_drawn_with_zero_as_black(axes):
-    maps = {"before": torch.eye(4), "after": torch.full((2, 2), 0.5)}
-    figures.plot_attention(axes[:2], maps)
-    assert [ax.get_title() for ax in axes[:2]] == ["before", "after"]
-    assert torch.equal(drawn(axes[0]), torch.eye(4)) and axes[1].images[0].get_clim()[0] == 0
-
-
-def a_cell(name, seed=0, victim_seed=None, **settings):
+def a_cell(name, seed=0, **settings):
     settings = replace(grid.settings_for(name, "quick", "mnist5k"), **settings)
-    seeds = {"seed": seed if victim_seed is None else victim_seed}
-    attacked = standard_victims(PROFILES["quick"], **seeds)["BadNets"]
+    attacked = standard_victims(PROFILES["quick"], seed=seed)["BadNets"]
     return grid.Cell(attacked, name, settings, 500, seed)
 
 
 def a_record(cell, seconds=10.0, acc=0.9, flagged=None, **measured):
-    """What `experiments.defence_record` writes for the cell."""
+    """What `experiment.defence_record` writes for the cell."""
     data = {"data": "its fingerprint", "split_seed": 0, "train_images": 3000}
     about = {
         "victim": {**asdict(cell.victim), **data},
@@ -353,93 +302,6 @@ def a_record(cell, seconds=10.0, acc=0.9, flagged=None, **measured):
         "evidence": classes,
     }
     return json.loads(json.dumps(record))
-
-
-@pytest.mark.parametrize("name", ["finetune", "nad", "dp_sgd", "ibau"])
-def test_records_are_found_by_their_settings(name):
-    cell, label = a_cell(name), DEFENCES[name].label
-    wanted = a_record(cell)
-    others = [
-        a_record(a_cell(name, seed=1)),
-        a_record(a_cell(name, victim_seed=1)),
-        a_record(replace(cell, victim=replace(cell.victim, poison_ratio=0.1))),
-        a_record(a_cell("fine_pruning")),
-    ]
-    fewer = copy.deepcopy(wanted)
-    fewer["settings"]["clean_images"] = 100
-    changed = copy.deepcopy(wanted)
-    changed["settings"]["defence_settings"]["lr"] = 0.123
-    undefended = replace(cell, defence=grid.NONE, settings=None)
-    found = figures.by_defence([undefended, cell], [*others, fewer, changed, wanted])
-    assert list(found) == [label] and found[label] == [wanted]
-    assert figures.by_defence([cell], others) == {label: []}
-
-
-@pytest.mark.parametrize("name", ["nc", "tabor", "deepinspect"])
-def test_policies_coincide_only_where_a_class_was_flagged(name):
-    cell = a_cell(name)
-    leave, smallest = (f"{DEFENCES[name].label}, {policy}" for policy in ("leave", "smallest"))
-    flagged, not_flagged = a_record(cell, flagged=[1]), a_record(cell, flagged=[])
-    assert figures.by_defence([cell], [flagged]) == {leave: [flagged], smallest: [flagged]}
-    assert figures.by_defence([cell], [not_flagged]) == {leave: [not_flagged], smallest: []}
-    other = a_record(a_cell(name, unflagged="smallest"), flagged=[])
-    both = figures.by_defence([cell], [not_flagged, other])
-    assert both == {leave: [not_flagged], smallest: [other]}
-    twice = figures.by_defence([cell], [flagged, a_record(a_cell(name, unflagged="smallest"), flagged=[1])])
-    assert [len(same) for same in twice.values()] == [1, 1]
-
-
-def test_the_table_of_defences_compares_with_ibau_and_names_what_is_missing():
-    found = {
-        "NAD": [
-            a_record(a_cell("nad", seed), seconds, acc) for seed, seconds, acc in ((0, 30, 0.9), (1, 50, 0.8))
-        ],
-        "DP-SGD": [],
-        "I-BAU": [a_record(a_cell("ibau", seed), 20) for seed in (0, 1)],
-    }
-    table = figures.defences_table(found)
-    assert list(table.index) == ["undefended", "NAD", "DP-SGD", "I-BAU"]
-    assert table.loc["undefended", ["seeds", "ASR", "seconds"]].tolist() == ["2", "100.0 ± 0.0", ""]
-    assert table.loc["NAD"].tolist() == [
-        "2",
-        "85.0 ± 7.1",
-        "50.0 ± 0.0",
-        "40.0 ± 0.0",
-        "40 ± 14",
-        "2.0",
-        "5000",
-    ]
-    assert table.loc["DP-SGD"].tolist() == ["", "not run", "", "", "", "", ""]
-    assert table.loc["I-BAU", "× I-BAU"] == "1.0"
-    alone = figures.defences_table({"NAD": [a_record(a_cell("nad"), asr=None, ra=None)], "I-BAU": []})
-    assert alone.loc["NAD"].tolist() == ["1", "90.0 [89.0, 91.0]", "", "", "10", "", "1000"]
-    assert figures.defences_table({"NAD": []})["ACC"].tolist() == ["not run", "not run"]
-
-
-def test_the_table_of_flags_counts_targets_and_silence():
-    def record(name, seed, flagged, target=1, **victim):
-        cell = a_cell(name, seed)
-        attacked = replace(cell.victim, target=target, **victim)
-        return a_record(replace(cell, victim=attacked), flagged=flagged)
-
-    found = {
-        "BadNets": [record("nc", 0, [1]), record("nc", 1, [0, 1]), record("nc", 2, [0])],
-        "clean": [record("nc", 0, [], attack="none"), record("tabor", 0, [1], attack="none")],
-        "all-to-all": [record("tabor", 0, [], target=ALL_TO_ALL), a_record(a_cell("nad"))],
-    }
-    table = figures.flags_table(found)
-    assert table.loc["Neural Cleanse"].tolist() == ["the target in 2 of 3", "no class in 1 of 1", "not run"]
-    assert table.loc["TABOR"].tolist() == ["not run", "no class in 0 of 1", "no class in 1 of 1"]
-    assert list(table.index) == ["Neural Cleanse", "TABOR", "DeepInspect"]
-    assert set(table.loc["DeepInspect"]) == {"not run"}
-
-
-def test_recorded_defences_make_tables():
-    for profile, dataset in (("quick", "mnist5k"), ("desk", "cifar10"), ("desk", "gtsrb")):
-        cells = grid.choose(["single-target"], profile, dataset, 3, attacks=["badnets"])
-        found = figures.by_defence(cells, Records().defences())
-        assert len(figures.defences_table(found)) == 1 + len(DEFENCES) + 3
-        assert all(len(same) <= 3 for same in found.values())
 
 
 # ---- the grid
@@ -579,6 +441,16 @@ def test_a_cell_finds_its_record_by_settings_alone():
     older = copy.deepcopy(record)
     older["settings"]["version"] -= 1
     assert frame.match([cell], [changed, older]) == {cell: None}
+
+
+@pytest.mark.parametrize("name", ["nc", "tabor", "deepinspect"])
+def test_policies_coincide_only_where_a_class_was_flagged(name):
+    leave, smallest = (a_cell(name, unflagged=policy) for policy in ("leave", "smallest"))
+    flagged, not_flagged = a_record(leave, flagged=[1]), a_record(leave, flagged=[])
+    assert frame.match([leave, smallest], [flagged]) == {leave: flagged, smallest: flagged}
+    assert frame.match([leave, smallest], [not_flagged]) == {leave: not_flagged, smallest: None}
+    other = a_record(smallest, flagged=[])
+    assert frame.match([leave, smallest], [not_flagged, other]) == {leave: not_flagged, smallest: other}
 
 
 def test_images_count_only_for_defences_that_see_them():

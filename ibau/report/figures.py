@@ -340,13 +340,6 @@ def _save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def __getattr__(name: str):
-    """What a single notebook uses, until it stands there."""
-    from ibau.report import leaving_plots, leaving_tables
-
-    return getattr(leaving_plots, name, None) or getattr(leaving_tables, name)
-
-
 if __name__ == "__main__":
     draw_rounds(Records().defences(), figures_dir() / "rounds")
     draw_tables(figures_dir())
