@@ -21,7 +21,8 @@ from ibau.defences.base import Defence, Defended
 from ibau.measure.intervals import Rate
 from ibau.networks import checkpoints, models, training
 from ibau.networks.checkpoints import ModelError
-from ibau.networks.training import TrainSettings
+from ibau.networks.predict import predict
+from ibau.networks.training import TrainSettings, to_float
 from ibau.study import experiment, records
 from ibau.study.experiment import defence_record, victim
 from ibau.study.records import Records, key, once, read_record, write_json, write_record
@@ -99,13 +100,30 @@ def test_a_victim_is_trained_once(splits, runs, untrained):
     assert names(runs / "models") == kept
 
 
+def test_a_victims_record_says_how_converged_it_is(splits, runs):
+    made = victim(SETTINGS, splits)
+    poisoned = experiment.poison_with(made.attacks, SETTINGS, splits)
+    right = predict(made.model, poisoned.data.images) == poisoned.data.labels
+    carries = torch.zeros(len(right), dtype=torch.bool)
+    carries[poisoned.indices] = True
+    for name, chosen in (("clean", ~carries), ("poisoned", carries)):
+        found = made.record["fit"][name]
+        assert (found["hits"], found["n"]) == (int(right[chosen].sum()), int(chosen.sum()))
+        logits = made.model(to_float(poisoned.data.images[chosen]))
+        expected = torch.nn.functional.cross_entropy(logits, poisoned.data.labels[chosen]).item()
+        assert found["loss"] == pytest.approx(expected, rel=1e-4)
+    clean = victim(replace(SETTINGS, attack="none", target=0), splits)
+    assert clean.record["fit"]["poisoned"] is None
+    assert clean.record["fit"]["clean"]["n"] == len(splits.train)
+
+
 def test_a_victims_record_says_what_made_it(splits, runs):
     made = victim(SETTINGS, splits)
     about = made.record["settings"]
     assert about["data"] == splits.fingerprint
     assert (about["train_images"], about["target"], about["training"]["epochs"]) == (60, 2, 3)
     (weights,) = (runs / "models").glob("*.safetensors")
-    assert checkpoints.read_settings(weights) == about
+    assert json.loads(checkpoints.read_metadata(weights)["settings"]) == about
     assert weights.name.startswith("tint-badnets-")
     measured = made.record["measured"]
     assert measured["acc"]["n"] == 30

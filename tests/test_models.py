@@ -1,5 +1,6 @@
 """The networks are the ones described, and a checkpoint is read whole, safely, or not at all."""
 
+import json
 import os
 
 import pytest
@@ -162,13 +163,17 @@ def test_save_and_load_give_the_same_model_back(model, tmp_path):
     assert checkpoints.load(path, other) is other
     assert same(other.state_dict(), model.state_dict())
     assert not other.training
-    assert checkpoints.read_settings(path) == settings
+    assert settings_in(path) == settings
     assert [p.name for p in path.parent.iterdir()] == ["m.safetensors"]
+
+
+def settings_in(path):
+    return json.loads(checkpoints.read_metadata(path).get("settings", "{}"))
 
 
 def test_settings_of_a_file_without_any(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "m.safetensors")
-    assert checkpoints.read_settings(tmp_path / "m.safetensors") == {}
+    assert settings_in(tmp_path / "m.safetensors") == {}
 
 
 @pytest.mark.parametrize("wrapper", [None, "net", "state_dict", "model"])
@@ -266,7 +271,7 @@ def test_a_missing_file_is_named(model, tmp_path, name):
     with pytest.raises(ModelError, match=rf"{name}: no such checkpoint file"):
         checkpoints.load(tmp_path / name, model)
     with pytest.raises(ModelError, match="no such"):
-        checkpoints.read_settings(tmp_path / "m.safetensors")
+        settings_in(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -296,5 +301,5 @@ def test_a_failing_save_leaves_the_old_file_whole(model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         checkpoints.save(models.build("small_vgg", 3, 0.125, seed=9), path, {"version": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
-    assert checkpoints.read_settings(path) == {"version": 1}
+    assert settings_in(path) == {"version": 1}
     assert same(checkpoints.load_state(path), model.state_dict())

@@ -1,5 +1,7 @@
 """Stored notebooks are complete: found by `ibau reproduce`, executed in order, clean, with parameters."""
 
+import ast
+import importlib
 from pathlib import Path
 
 import nbformat
@@ -31,6 +33,48 @@ def text_of(output):
     return output.get("text", "") + str(data)
 
 
+def missing_names(node):
+    """What a notebook's code imports from the package, or asks one of its modules for, and is not there."""
+    trees = [ast.parse(cell.source) for cell in code_cells(node)]
+    steps = [step for tree in trees for step in ast.walk(tree)]
+    known, missing = {}, []  # names in the notebook -> what they stand for
+    for step in steps:
+        if isinstance(step, ast.Import):
+            for one in step.names:
+                if one.name.split(".")[0] == "ibau":
+                    missing += [] if is_module(one.name) else [one.name]
+                    known[one.asname or "ibau"] = one.name if one.asname else "ibau"
+        elif isinstance(step, ast.ImportFrom) and (step.module or "").split(".")[0] == "ibau":
+            for one in step.names:
+                whole = f"{step.module}.{one.name}"
+                missing += [] if resolves(step.module, one.name) else [whole]
+                known[one.asname or one.name] = whole
+    own = {step.id for step in steps if isinstance(step, ast.Name) and isinstance(step.ctx, ast.Store)}
+    for step in steps:
+        if isinstance(step, ast.Attribute) and isinstance(step.value, ast.Name):
+            module = known.get(step.value.id)
+            if module and step.value.id not in own and is_module(module) and not resolves(module, step.attr):
+                missing.append(f"{module}.{step.attr}")
+    return sorted(set(missing))
+
+
+def resolves(module, name):
+    """Can `from module import name` be done?"""
+    return is_module(module) and (
+        hasattr(importlib.import_module(module), name) or is_module(f"{module}.{name}")
+    )
+
+
+def is_module(name):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):  # the module is there, and what it imports is not
+            raise
+        return False
+    return True
+
+
 def test_there_are_notebooks_and_reproduce_runs_them_all():
     assert PATHS
     assert [notebook.path for notebook in find_notebooks()] == PATHS
@@ -60,6 +104,26 @@ def test_has_one_parameters_cell_of_plain_scalars_and_then_a_check(node):
     defaults = parameter_defaults(node)
     assert {name: defaults.get(name) for name in COMMON} == COMMON
     assert all(isinstance(value, str | int | float | None) for value in defaults.values())
+
+
+def test_imports_only_what_the_package_has(node):
+    assert missing_names(node) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "missing"),
+    [
+        ("from ibau.report import tables\ntables.rates_table", []),
+        ("from ibau.report import tablets", ["ibau.report.tablets"]),
+        ("from ibau.report import tables\ntables.no_such_table", ["ibau.report.tables.no_such_table"]),
+        ("from ibau import unlearning as u\nu.no_such_name", ["ibau.unlearning.no_such_name"]),
+        ("import ibau.no_such_module", ["ibau.no_such_module"]),
+        ("from ibau.metrics import Rate", ["ibau.metrics.Rate"]),
+        ("import ibau\nibau.unlearn, ibau.no_such_name", ["ibau.no_such_name"]),
+    ],
+)
+def test_a_name_that_was_renamed_is_found(code, missing):
+    assert missing_names(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])) == missing
 
 
 def test_stored_outputs_are_those_of_the_defaults(node):

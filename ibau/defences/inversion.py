@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ibau.checks import one_of, positive, within
 from ibau.data.images import ImageSet
 from ibau.defences.base import Defended, hold_out
+from ibau.measure.intervals import wilson
 from ibau.networks.models import device_of
 from ibau.networks.predict import predict
 from ibau.networks.training import PRECISIONS, TrainSettings, autocast, to_float, train
@@ -331,8 +332,7 @@ def kept_of(lrs: Sequence[float], rights: Sequence[float], images: int) -> int:
     clean images hardly tell small rates apart, and the smallest leaves the backdoor. `rights` are shares of
     so many `images`. The error is Wilson's, which is not 0 where all are right.
     """
-    p, n = max(rights), images
-    least = (p + 1 / (2 * n) - math.sqrt(p * (1 - p) / n + 1 / (4 * n * n))) / (1 + 1 / n)
+    least, _ = wilson(max(rights), images, z=1)
     return max((i for i, right in enumerate(rights) if right >= least), key=lambda i: lrs[i])
 
 

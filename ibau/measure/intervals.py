@@ -9,10 +9,10 @@ from torch import Tensor
 Z = 1.959964  # of a 95% interval
 
 
-def wilson(p: float, n: int) -> tuple[float, float]:
-    """The 95% Wilson score interval of a share `p` of `n` (Wilson 1927), within [0, 1]."""
-    centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z * sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
+def wilson(p: float, n: int, z: float = Z) -> tuple[float, float]:
+    """The Wilson score interval (1927) of a share `p` of `n`, `z` standard errors wide, within [0, 1]."""
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     # At p = 0 or 1 the interval touches p; rounding must not push it past.
     return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 

@@ -28,11 +28,6 @@ def save(model: nn.Module, path: str | Path, settings: dict | None = None) -> Pa
     return Path(path)
 
 
-def read_settings(path: str | Path) -> dict:
-    """The settings stored by `save` in a safetensors file's metadata."""
-    return json.loads(read_metadata(path).get("settings", "{}"))
-
-
 def load_state(path: str | Path) -> dict[str, Tensor]:
     """Read a checkpoint's tensors: safetensors, or a foreign `.pth`/`.pt` of plain tensors, see `read`.
 

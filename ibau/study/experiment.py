@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
@@ -26,7 +27,7 @@ from ibau.measure.rates import accuracy, attack_rates, defence_effectiveness_rat
 from ibau.measure.stealth import stealth
 from ibau.networks import checkpoints, models
 from ibau.networks.models import default_device
-from ibau.networks.training import train
+from ibau.networks.training import to_float, train
 from ibau.study.records import once, provenance, runs
 from ibau.study.settings import VictimSettings
 
@@ -99,11 +100,36 @@ def _make_victim(
         "settings": described,
         "measured": _measured(model, splits, rates),
         "attacks": [_about(*attack, *rate, splits) for attack, rate in zip(attacks, rates, strict=True)],
+        "fit": _fit(model, splits, poisoned),
         "trigger_seconds": trigger_seconds,
         "training_seconds": sum(epoch["seconds"] for epoch in history),
         "training": history,
         "provenance": provenance(),
     }
+
+
+def _fit(model: nn.Module, splits: Splits, poisoned: Poisoned | None) -> dict:
+    """How converged a model is: loss and accuracy on its clean and on its poisoned training images."""
+    data = poisoned.data if poisoned else splits.train
+    carries = torch.zeros(len(data), dtype=torch.bool)
+    if poisoned:
+        carries[poisoned.indices] = True
+    parts = {
+        "clean": data.take((~carries).nonzero().flatten()),
+        "poisoned": data.take(carries.nonzero().flatten()),
+    }
+    return {name: _fit_on(model, part) if len(part) else None for name, part in parts.items()}
+
+
+@torch.inference_mode()
+def _fit_on(model: nn.Module, data: ImageSet) -> dict:
+    """Mean cross-entropy and accuracy, by the labels of the training set, in evaluation mode."""
+    device, loss, hits = default_device(), 0.0, 0
+    for x, y in zip(data.images.split(500), data.labels.split(500), strict=True):
+        logits = model(to_float(x.to(device))).float().cpu()
+        loss += F.cross_entropy(logits, y.cpu(), reduction="sum").item()
+        hits += int((logits.argmax(1) == y.cpu()).sum())
+    return {"loss": loss / len(data), "hits": hits, "n": len(data), "accuracy": hits / len(data)}
 
 
 def describe(settings: VictimSettings, splits: Splits) -> dict:
