@@ -355,24 +355,6 @@ def test_a_loss_is_much_where_it_is_over_five_points_and_over_chance(before, aft
     assert recipe._Run.lost_much(run) == much
 
 
-def test_shifted_images_are_windows_of_the_mirrored_ones():
-    images = torch.rand(40, 3, 16, 24, generator=torch.Generator().manual_seed(1))
-    shifted = recipe._shifted(images, torch.Generator().manual_seed(2))
-    assert torch.equal(shifted, recipe._shifted(images, torch.Generator().manual_seed(2)))
-    padded = F.pad(images, (3, 3, 2, 2), mode="reflect")
-    found = set()
-    for i in range(40):
-        windows = {
-            (y, x)
-            for y in range(5)
-            for x in range(7)
-            if padded[i, :, y : y + 16, x : x + 24].equal(shifted[i])
-        }
-        assert len(windows) == 1
-        found |= windows
-    assert {y for y, _ in found} == set(range(5)) and {x for _, x in found} == set(range(7))
-
-
 # ---- what is refused
 
 

@@ -230,7 +230,8 @@ class _Run:
         images = arranged(images, self.model)
         if self.teacher:
             most = images.shape[-2] // 8, images.shape[-1] // 8  # what comes in mirrors the edge
-            images = arranged(shifted(images, most, "reflect", generator=self.generator), self.model)
+            images = shifted(images, most, "reflect", generator=self.generator).contiguous()
+            images = arranged(images, self.model)
             with torch.no_grad(), autocast(images.device, self.settings.precision):
                 targets = self.teacher(images.clone()).float().softmax(1)
         return self._with_earlier(images) if self.earlier else images, targets
