@@ -25,7 +25,7 @@ from torch import nn
 from ibau.attacks import Trigger, make_trigger, poison
 from ibau.data.folders import load_folder
 from ibau.data.images import ImageSet
-from ibau.measure.rates import accuracy, attack_success_rate
+from ibau.measure.rates import accuracy, attack_rates
 from ibau.networks.training import TrainSettings, train
 from ibau.own_model.load import Normalised, build, parse_normalize
 from ibau.study.records import figures_dir, provenance, runs_dir, write_json
@@ -137,7 +137,7 @@ def measured(network: str, attack: str, checkpoint: Path, test: ImageSet) -> dic
     model, asr = _normalised(core).eval(), None
     if attack != "none":
         trigger = Trigger.load(_stem(network, attack).with_suffix(".trigger"))
-        rate = attack_success_rate(model, test.images, test.labels, trigger, TARGET, len(CLASSES))
+        rate, _ = attack_rates(model, test.images, test.labels, trigger, TARGET, len(CLASSES))
         asr = rate.as_dict()
     return {"acc": accuracy(model, test.images, test.labels).as_dict(), "asr": asr}
 

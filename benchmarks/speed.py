@@ -36,6 +36,7 @@ from ibau.measure.rates import accuracy, attack_rates
 from ibau.networks import models
 from ibau.own_model.load import build
 from ibau.study import experiment, grid
+from ibau.study.cells import Cell, settings_for
 from ibau.study.records import figures_dir, provenance
 from ibau.study.settings import profile, standard_victims
 from ibau.unlearning.authors import AuthorsSettings, authors
@@ -117,13 +118,14 @@ def stepper(
     how     FAST or PLAIN
     """
     way = nullcontext if how == FAST else textbook
-    delta = _perturbation(model, images, labels, settings)
+    delta, eta = _perturbation(model, images, labels, settings)
     with way():
         start = prepare(model, images, labels, held_out=0.0, seed=0)
     optimizer = torch.optim.Adam(start.model.parameters(), lr=0.0)
     batch = (start.images[: settings.batch_size], start.labels[: settings.batch_size])
     sample = (start.images[: settings.inner_images], start.labels[: settings.inner_images])
     inner = InnerProblem(start.model, *sample, settings)
+    inner.eta = eta
 
     def step() -> Hypergradient:
         generator = torch.Generator().manual_seed(1)
@@ -137,12 +139,12 @@ def stepper(
     return step
 
 
-def _perturbation(model: nn.Module, images: Tensor, labels: Tensor, settings: IBAUSettings) -> Tensor:
-    """The inner solution in float32: the same for whatever is compared."""
+def _perturbation(model: nn.Module, images: Tensor, labels: Tensor, settings: IBAUSettings):
+    """The inner solution and the step of Phi there, in float32: the same for whatever is compared."""
     settings = replace(settings, precision="float32")
     sample = slice(settings.inner_images)
     inner = InnerProblem(copy.deepcopy(model).eval(), images[sample], labels[sample], settings)
-    return inner.solve(torch.Generator().manual_seed(0)).delta
+    return inner.solve(torch.Generator().manual_seed(0)).delta, inner.eta
 
 
 def steps(model: nn.Module, images: Tensor, labels: Tensor, *, repeats: int, Ks=(0, 5)) -> pd.DataFrame:
@@ -237,11 +239,11 @@ def workers(*, repeats: int, cells: int) -> pd.DataFrame:
     from distributed import LocalCluster
 
     victim = standard_victims(profile("quick"))["BadNets"]
-    settings = grid.settings_for("finetune", "quick", victim.dataset)
+    settings = settings_for("finetune", "quick", victim.dataset)
     seeds, threads, rows = count(), torch.get_num_threads(), []
 
     def compute(executor=None, most: int = threads) -> None:
-        todo = [grid.Cell(victim, "finetune", settings, None, next(seeds)) for _ in range(cells)]
+        todo = [Cell(victim, "finetune", settings, None, next(seeds)) for _ in range(cells)]
         torch.set_num_threads(most)
         done = grid.run(todo, executor)["done"]
         torch.set_num_threads(threads)

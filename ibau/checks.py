@@ -28,19 +28,15 @@ def within(settings, interval: str, *names: str) -> None:
 def one_of(settings, name: str, valid: Iterable) -> None:
     """Raise ValueError where the setting of this name is none of the valid values."""
     if getattr(settings, name) not in valid:
-        raise ValueError(f"{name} is {getattr(settings, name)!r}; valid: {_listed(valid)}")
+        raise ValueError(f"{name} is {getattr(settings, name)!r}; valid: {', '.join(map(str, valid))}")
 
 
 def known(kind: str, name: str, valid: Iterable[str]) -> None:
     """Raise ValueError where nothing of this kind (an attack, a defence, ...) has this name."""
     if name not in valid:
-        raise ValueError(f"unknown {kind} {name!r}; valid: {_listed(valid)}")
+        raise ValueError(f"unknown {kind} {name!r}; valid: {', '.join(valid)}")
 
 
 def _require(holds: bool, settings, name: str, wanted: str) -> None:
     if not holds:
         raise ValueError(f"{name} is {getattr(settings, name)}; it must {wanted}")
-
-
-def _listed(valid: Iterable) -> str:
-    return ", ".join(map(str, valid))

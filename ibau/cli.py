@@ -11,83 +11,64 @@ from ibau import __version__
 from ibau import reproduce as runner
 
 
+def _folder(text):
+    """A folder's absolute name, as the notebooks and the workers run in other folders; "" stays as it is."""
+    return str(Path(text).expanduser().resolve()) if text else ""
+
+
 def _parser():
     parser = argparse.ArgumentParser(prog="ibau", description="Backdoor attacks and their removal.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_reproduce(commands)
-    _add_grid(commands)
-    _add_clean(commands)
+    data, notebooks = (argparse.ArgumentParser(add_help=False) for _ in range(2))  # options of two commands
+    data.add_argument("--profile", default="quick", help="quick (default), desk or paper")
+    data.add_argument("--dataset", default="", metavar="NAME", help="default: the profile's own")
+    data.add_argument("--data", default="", type=_folder, metavar="DIR", help="folder of the images")
+    notebooks.add_argument("--notebooks", metavar="DIR", help="default: the repository's notebooks/")
+    _add_reproduce(commands, [data, notebooks])
+    _add_grid(commands, [data])
+    _add_clean(commands, [notebooks])
     return parser
 
 
-def _add_reproduce(commands):
+def _add_reproduce(commands, parents):
     command = commands.add_parser(
         "reproduce",
+        parents=parents,
         help="run the notebooks in order; a second call goes on where the first stopped",
         description="Run the notebooks in order into runs/<profile>/notebooks; what is finished is kept.",
     )
-    command.add_argument("--profile", default="quick", help="quick (default), desk or paper")
-    command.add_argument("--dataset", default="", metavar="NAME", help="default: the profile's own")
-    command.add_argument("--data", default="", metavar="DIR", help="folder of the data set's images")
-    command.add_argument(
-        "--download", action="store_true", help="fetch the data set into DIR first, where it is missing"
-    )
-    command.add_argument(
-        "--only", action="append", default=[], metavar="NN", help="this notebook; repeatable"
-    )
-    command.add_argument(
-        "-p",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="set a notebook parameter; repeatable",
-    )
-    command.add_argument("--fresh", action="store_true", help="run also what an earlier call finished")
-    command.add_argument(
-        "--list", action="store_true", help="list the notebooks and their parameters, run nothing"
-    )
-    command.add_argument("--notebooks", metavar="DIR", help="default: the repository's notebooks/")
-    command.set_defaults(
-        run=_reproduce, after_interrupt="The same command goes on with the notebook that was running."
-    )
+    option = command.add_argument
+    option("--download", action="store_true", help="fetch the data set into DIR first, where it is missing")
+    option("--only", action="append", default=[], metavar="NN", help="this notebook; repeatable")
+    parameter = ("NAME", "VALUE")
+    option("-p", nargs=2, action="append", default=[], metavar=parameter, help="set a parameter; repeatable")
+    option("--fresh", action="store_true", help="run also what an earlier call finished")
+    option("--list", action="store_true", help="list the notebooks and their parameters, run nothing")
+    after = "The same command goes on with the notebook that was running."
+    command.set_defaults(run=_reproduce, after_interrupt=after)
 
 
-def _add_grid(commands):
+def _add_grid(commands, parents):
     command = commands.add_parser(
         "grid",
-        help="compute the records behind the tables; a second call goes on where the first stopped",
-        description="Compute the records behind the tables into runs/records; what is there is kept.",
+        parents=parents,
+        help="compute the records of the sweeps; a second call goes on where the first stopped",
+        description="Compute the records of the sweeps into runs/records; what is there is kept.",
     )
-    command.add_argument("--profile", default="quick", help="quick (default), desk or paper")
-    command.add_argument("--table", nargs="+", default=[], metavar="NAME", help="default: all of them")
-    command.add_argument("--dataset", default="", metavar="NAME", help="default: the profile's own")
-    command.add_argument("--data", default="", metavar="DIR", help="folder of the data set's images")
-    command.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default 1)")
-    command.add_argument("--attack", nargs="+", default=[], metavar="NAME", help="only these")
-    command.add_argument("--defence", nargs="+", default=[], metavar="NAME", help="only these")
-    command.add_argument(
-        "--ratio",
-        nargs="+",
-        type=float,
-        default=[],
-        metavar="SHARE",
-        help="only these poisoned shares, as 0.05",
-    )
-    command.add_argument(
-        "--size", nargs="+", type=int, default=[], metavar="N", help="only with so many clean images"
-    )
-    where = command.add_mutually_exclusive_group()
-    where.add_argument(
-        "--jobs", type=int, metavar="N", help="N cells at a time, each in a process of its own"
-    )
-    where.add_argument(
-        "--scheduler", default="", metavar="tcp://...", help="compute on this Dask scheduler's workers"
-    )
-    command.add_argument("--gpu", action="store_true", help="a cell takes one GPU of a Dask worker")
-    command.add_argument("--dry-run", action="store_true", help="say what would run, and run nothing")
-    command.add_argument("--publish", action="store_true", help="then copy the records to figures/data")
+    option = command.add_argument
+    option("--sweep", nargs="+", default=[], metavar="NAME", help="default: all of them")
+    option("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 (default 1)")
+    option("--attack", nargs="+", default=[], metavar="NAME", help="only these")
+    option("--defence", nargs="+", default=[], metavar="NAME", help="only these")
+    option("--ratio", nargs="+", type=float, default=[], metavar="SHARE", help="only these poisoned shares")
+    option("--size", nargs="+", type=int, default=[], metavar="N", help="only with so many clean images")
+    where = command.add_mutually_exclusive_group().add_argument
+    where("--jobs", type=int, metavar="N", help="N cells at a time, each in a process of its own")
+    where("--scheduler", default="", metavar="tcp://...", help="compute on this Dask scheduler's workers")
+    option("--gpu", action="store_true", help="a cell takes one GPU of a Dask worker")
+    option("--dry-run", action="store_true", help="say what would run, and run nothing")
+    option("--publish", action="store_true", help="then copy the records to figures/data")
     command.set_defaults(run=_grid, after_interrupt="The same command goes on; what is finished is kept.")
 
 
@@ -110,9 +91,10 @@ CLEAN = {  # parameters of notebook 13, in order -> what they are; the first thr
 CLEAN_PATHS = ("checkpoint", "clean_dir", "triggered_dir", "out")
 
 
-def _add_clean(commands):
+def _add_clean(commands, parents):
     command = commands.add_parser(
         "clean",
+        parents=parents,
         help="inspect a model that you were given, clean it by I-BAU+, and compare",
         description="Run notebook 13 on a model that you were given. The cleaned model is written beside it, "
         "together with the page (ipynb and html) and the measured values (json).",
@@ -120,29 +102,22 @@ def _add_clean(commands):
     for name, what in CLEAN.items():
         required = name in list(CLEAN)[:3]
         command.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", required=required, help=what)
-    command.add_argument("--notebooks", metavar="DIR", help="default: the repository's notebooks/")
     command.set_defaults(run=_clean, after_interrupt="Nothing was saved unless the cleaned model is there.")
-
-
-def _list(notebooks):
-    for notebook in notebooks:
-        print(notebook.name)
-        for name, default in notebook.defaults.items():
-            print(f"    {name} = {default!r}")
 
 
 def _reproduce(args):
     notebooks = runner.select(runner.find_notebooks(args.notebooks), args.only)
     if args.list:
-        return _list(notebooks)
-    if args.download:
-        runner.fetch(args.profile, args.dataset, args.data)
-    runner.check_options(args.profile, args.dataset, args.data)
+        for notebook in notebooks:
+            print(notebook.name)
+            for name, default in notebook.defaults.items():
+                print(f"    {name} = {default!r}")
+        return
+    runner.check_options(args.profile, args.dataset, args.data, args.download)
     from ibau.study.records import runs_dir
 
     start = time.time()
-    data_dir = str(Path(args.data).resolve()) if args.data else ""
-    options = {"profile": args.profile, "dataset": args.dataset, "data_dir": data_dir}
+    options = {"profile": args.profile, "dataset": args.dataset, "data_dir": args.data}
     folder = runner.reproduce(notebooks, options, dict(args.p), runs_dir(), fresh=args.fresh)
     print(f"\n{runner.headline(runs_dir(), args.profile, since=start)}")
     print(f"\nThe executed notebooks are in {folder}")
@@ -151,27 +126,19 @@ def _reproduce(args):
 def _grid(args):
     from ibau.data.images import DataError
     from ibau.study import grid
+    from ibau.study.cells import choose
 
     runner.check_options(args.profile, args.dataset, args.data)
-    data_dir = str(Path(args.data).resolve()) if args.data else ""
+    filters = {"attacks": args.attack, "only": args.defence, "ratios": args.ratio, "sizes": args.size}
     try:
-        cells = grid.choose(
-            args.table,
-            args.profile,
-            args.dataset,
-            args.seeds,
-            attacks=args.attack,
-            only=args.defence,
-            ratios=args.ratio,
-            sizes=args.size,
-        )
+        cells = choose(args.sweep, args.profile, args.dataset, args.seeds, **filters)
         if args.dry_run:
-            print(grid.overview(cells, data_dir))
+            print(grid.overview(cells, args.data))
             return 0
         with grid.executor(args.jobs, args.scheduler, gpu=args.gpu) as executor:
-            counts = grid.run(cells, executor, data_dir=data_dir, progress=True)
+            counts = grid.run(cells, executor, data_dir=args.data, progress=True)
         if args.publish:
-            print(f"{grid.publish(cells, data_dir)} records are in figures/data")
+            print(f"{grid.publish(cells, args.data)} records are in figures/data")
     except (DataError, grid.GridError) as error:
         raise runner.UsageError(str(error)) from None
     print(", ".join(f"{counts[state]} {state}" for state in ("there", "done", "failed")))
@@ -204,10 +171,6 @@ def _clean(args):
     print(f"The cleaned model is {saved}\nWhat was found: {runner.as_html(page)}")
 
 
-def _interrupt(signum, frame):
-    raise KeyboardInterrupt
-
-
 def main(argv=None):
     """Run the command line `argv` (default: the process's own) and return the exit status.
 
@@ -215,7 +178,7 @@ def main(argv=None):
     """
     args = _parser().parse_args(argv)
     # A terminated run must end the processes it started as an interrupted one does.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return args.run(args) or 0
     except runner.UsageError as error:

@@ -13,7 +13,8 @@ import os
 import re
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import nbformat
@@ -21,7 +22,6 @@ import nbformat
 PACKAGE = Path(__file__).resolve().parent
 NOTEBOOKS = PACKAGE.parent / "notebooks"
 NOTEBOOK_NAME = re.compile(r"(\d\d|appendix)_\w+")
-EMBEDDED = "mnist5k"  # comes with an installed package; every other data set needs a folder
 OWN_OPTIONS = {"profile": "--profile", "dataset": "--dataset", "data_dir": "--data"}
 
 
@@ -32,21 +32,21 @@ class UsageError(Exception):
 class NotebookFailed(Exception):
     """A notebook stopped with an error; the message names notebook, cell and error.
 
-    error   the error's type and text, as the notebook raised it; two empty strings where its process died
     failed  the notebook as far as it went
+    error   the error's type and text, as the notebook raised it; two empty strings where its process died
     """
 
-    def __init__(self, message, failed, error=("", "")):
+    def __init__(self, message, failed, error):
         super().__init__(message)
         self.failed, self.error = failed, error
 
 
 @dataclass(frozen=True)
 class Notebook:
-    """A source notebook: its file, and the defaults of its `parameters` cell."""
+    """A source notebook: its file, its content, and the defaults of its `parameters` cell."""
 
     path: Path
-    node: nbformat.NotebookNode = field(repr=False)
+    node: nbformat.NotebookNode
     defaults: dict
 
     @property
@@ -55,9 +55,7 @@ class Notebook:
 
 
 def find_notebooks(folder=None):
-    """The notebooks `NN_name.ipynb`, then `appendix_name.ipynb`, of `folder`, in reading order.
-
-    folder  default: the repository's `notebooks/`
+    """The notebooks `NN_name.ipynb`, then `appendix_name.ipynb`, of `folder` (default: the repository's).
 
     Raises UsageError where the folder holds none, or holds one that cannot be read.
     """
@@ -97,9 +95,7 @@ def select(notebooks, only):
     """Those of `notebooks` that `only` names by number ("04", "4") or name ("04_ibau"); all if it's empty."""
     chosen = set()
     for wanted in only:
-        found = [
-            n for n in notebooks if wanted in (n.name, n.path.name, n.name[:2], n.name[:2].lstrip("0") or "0")
-        ]
+        found = [n for n in notebooks if wanted.zfill(2) in (n.name, n.path.name, n.name[:2])]
         if not found:
             raise UsageError(f"no notebook {wanted!r}; there are {', '.join(n.name for n in notebooks)}")
         chosen.update(n.name for n in found)
@@ -144,39 +140,16 @@ def check_parameters(notebooks, parameters):
             raise UsageError(f"no selected notebook has a parameter {name!r}; there are {', '.join(known)}")
 
 
-def check_options(profile, dataset, data_dir):
-    """Raise UsageError for an unknown profile or data set, and for a folder that lacks or is not wanted."""
-    from ibau.data.cache import cache_dir
-    from ibau.data.splits import DATASETS
-    from ibau.study.settings import PROFILES
-
-    if profile not in PROFILES:
-        raise UsageError(f"no profile {profile!r}; there are {', '.join(PROFILES)}")
-    if dataset and dataset not in DATASETS:
-        raise UsageError(f"no data set {dataset!r}; there are {', '.join(DATASETS)}")
-    dataset = dataset or PROFILES[profile].dataset
-    if dataset == EMBEDDED and data_dir:
-        raise UsageError(
-            f"{EMBEDDED} comes with the installation: leave --data out, or name another --dataset"
-        )
-    if data_dir and not Path(data_dir).is_dir():
-        raise UsageError(f"--data {data_dir}: no such folder")
-    if not data_dir and dataset != EMBEDDED and not (cache_dir() / dataset).is_dir():
-        raise UsageError(
-            f"{dataset} needs images on disk: name their folder with --data DIR, or add --download"
-        )
-
-
-def fetch(profile, dataset, data_dir):
-    """Download the data set of this profile, or `dataset`, into `data_dir` unless it is there already."""
+def check_options(profile, dataset, data_dir, download=False):
+    """Raise UsageError for an unknown profile or data set, and for images that cannot be read or fetched."""
     from ibau.data.images import DataError
     from ibau.data.splits import load
     from ibau.study import settings
 
     try:
-        load(settings.profile(profile, dataset).dataset, data_dir, download=True)
+        load(settings.profile(profile, dataset).dataset, data_dir, download=download)
     except (DataError, ValueError) as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(str(error).replace(" data_dir", " --data")) from None
 
 
 def reproduce(notebooks, options, parameters, runs_dir, *, fresh=False):
@@ -196,12 +169,13 @@ def reproduce(notebooks, options, parameters, runs_dir, *, fresh=False):
         print(f"[{number}/{len(notebooks)}] {notebook.name} ... ", end="", flush=True)
         stamp = {"source": source_hash(notebook.node), "code": code, "parameters": values}
         output = folder / notebook.path.name
-        if not fresh and read_stamp(output) == stamp:
+        kept = nbformat.read(output, as_version=4).metadata if output.exists() and not fresh else {}
+        if kept.get("ibau") == stamp:
             print("kept from an earlier run", flush=True)
             continue
         start = time.monotonic()
         execute(notebook, output, values, stamp)
-        print(f"done in {duration(time.monotonic() - start)}", flush=True)
+        print(f"done in {timedelta(seconds=round(time.monotonic() - start))}", flush=True)
     return folder
 
 
@@ -236,23 +210,18 @@ def execute(notebook, output, values, stamp):
         node.metadata["ibau"] = stamp
         nbformat.write(node, partial)
         os.replace(partial, output)
-    except papermill.PapermillExecutionError as error:
+    except (papermill.PapermillExecutionError, DeadKernelError) as error:
         os.replace(partial, failed)
-        cause = error.ename, error.evalue
-        raise NotebookFailed(_failure(notebook, error, failed), failed, cause) from None
-    except DeadKernelError:
-        os.replace(partial, failed)
-        raise NotebookFailed(_death(notebook, failed), failed) from None
+        cause = getattr(error, "ename", ""), getattr(error, "evalue", "")
+        raise NotebookFailed(_failure(notebook, failed, cause), failed, cause) from None
     finally:
         partial.unlink(missing_ok=True)
 
 
 def as_html(page):
-    """Write an executed notebook as HTML too, and return that file; the notebook itself without nbconvert."""
-    try:
-        from nbconvert import HTMLExporter
-    except ImportError:  # comes with jupyterlab
-        return page
+    """Write an executed notebook as HTML too, and return that file."""
+    from nbconvert import HTMLExporter
+
     from ibau.data.files import whole_file
 
     text, _ = HTMLExporter().from_filename(str(page))
@@ -277,23 +246,15 @@ def _this_python():
     return ThisPython
 
 
-def _failure(notebook, error, failed):
-    # exec_count is the number that JupyterLab shows in front of the cell
-    lines = error.source.strip().splitlines() or [""]
-    message = "\n    ".join(f"{error.ename}: {error.evalue}".splitlines()[:10])
-    return (
-        f"notebook {notebook.name} failed in cell [{error.exec_count}], which begins\n    {lines[0]}\n"
+def _failure(notebook, failed, cause):
+    cells = nbformat.read(failed, as_version=4).cells
+    started = [c for c in cells if c.cell_type == "code" and c.metadata.papermill["start_time"]]
+    lines = started[-1].source.strip().splitlines() if started else []
+    error = ": ".join(cause) if any(cause) else "its process died, often for want of memory"
+    message = "\n    ".join(error.splitlines()[:10])
+    return (  # the number is the one that JupyterLab shows in front of the cell
+        f"notebook {notebook.name} failed in cell [{len(started)}], which begins\n    {''.join(lines[:1])}\n"
         f"with\n    {message}\nIt can be read as far as it went in {failed}"
-    )
-
-
-def _death(notebook, failed):
-    started = [c for c in nbformat.read(failed, as_version=4).cells if c.metadata.papermill["start_time"]]
-    code = [cell for cell in started if cell.cell_type == "code"]
-    line = code[-1].source.strip().splitlines()[0] if code else ""
-    return (
-        f"notebook {notebook.name} failed in cell [{len(code)}], which begins\n    {line}\n"
-        f"with\n    its process died, often for want of memory\nIt can be read as far as it went in {failed}"
     )
 
 
@@ -305,26 +266,8 @@ def source_hash(node):
 
 def package_hash(folder=PACKAGE):
     """Hash of every Python file below `folder`: any change of the package makes old outputs stale."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).rglob("*.py")):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def read_stamp(output):
-    """The stamp of a finished output notebook; None where there is no such file."""
-    if not output.exists():
-        return None
-    return json.loads(output.read_text(encoding="utf-8"))["metadata"].get("ibau")
-
-
-def duration(seconds):
-    """Seconds as a reader wants them: "4 s", "12 min 5 s", "3 h 2 min"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    files = [(str(path.relative_to(folder)), path.read_text("utf-8")) for path in Path(folder).rglob("*.py")]
+    return hashlib.sha256(json.dumps(sorted(files)).encode()).hexdigest()[:16]
 
 
 def headline(runs_dir, profile, since=0.0):

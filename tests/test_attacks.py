@@ -399,9 +399,7 @@ def test_an_unknown_target_is_refused(target):
 
 
 def test_more_poison_than_eligible_images_is_refused():
-    with pytest.raises(
-        ValueError, match=r"asks for 45; between 1 and \d+ \(those outside the target class\)"
-    ):
+    with pytest.raises(ValueError, match=r"asks for 45; between 1 and \d+ can .* none of the target class"):
         poison(labelled(50, 2), badnets(32), ratio=0.9, target=0, num_classes=2)
     with pytest.raises(ValueError, match="asks for 0"):
         poison(labelled(50, 2), badnets(32), ratio=0.001, target=0, num_classes=2)
@@ -453,7 +451,7 @@ def test_several_triggers_refuse_what_one_does():
     squares, data = [badnets(32), badnets(32, margin=8)], labelled(50, 2)
     with pytest.raises(ValueError, match="strictly between 0 and 1"):
         poison_several(data, squares, [0, 1], ratio=1, num_classes=2)
-    with pytest.raises(ValueError, match=r"asks for 45; 2 triggers take between 2 and \d+"):
+    with pytest.raises(ValueError, match=r"asks for 45; between 2 and \d+ can .* the largest target class"):
         poison_several(data, squares, [0, 1], ratio=0.9, num_classes=2)
     with pytest.raises(ValueError, match="target is 2"):
         poison_several(data, squares, [0, 2], ratio=0.2, num_classes=2)
@@ -478,9 +476,7 @@ def test_several_triggers_refuse_what_one_does():
         ("l0_inv", {"pixels": 1025}, "pixels is 1025"),
         ("l2_inv", {"norm": 0}, "norm is 0; valid with largest=0.267: above 0"),
         ("l2_inv", {"norm": 20}, "norm is 20"),
-        ("l2_inv", {"largest": 2}, "largest is 2"),
         ("smooth", {"peak": 0}, "peak is 0"),
-        ("smooth", {"sigma": -1}, "sigma -1"),
         ("blend", {"opacity": 0.1}, "no setting opacity; valid: seed, alpha"),
     ],
 )

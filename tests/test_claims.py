@@ -11,6 +11,8 @@ from ibau.report.claims import CLAIMS, FAILS, HOLDS, PARTLY, UNDECIDED, UNMEASUR
 from ibau.report.frame import BASELINES, COLUMNS, IBAU, IBAU_PLUS, UNDEFENDED
 from ibau.study.records import Records
 
+VERDICTS = {HOLDS, PARTLY, FAILS, UNDECIDED, UNMEASURED}
+
 
 def row(defence=IBAU, attack="BadNets", acc=70.0, asr=5.0, **other):
     """A run cell of a `frame`; of a model that had 72 / 99 percent."""
@@ -30,7 +32,13 @@ def row(defence=IBAU, attack="BadNets", acc=70.0, asr=5.0, **other):
         "clean": 5000,
         "seed": 0,
     }
-    took = {"der": 90.0, "seconds": 10.0, "memory_mb": 900.0, "device": "a CPU, 1 thread"}
+    took = {
+        "der": 90.0,
+        "seconds": 10.0,
+        "memory_mb": 900.0,
+        "device": "a CPU, 1 thread",
+        "to_effect": math.nan,
+    }
     return {**asked, "run": True, **measured, **took, **other}
 
 
@@ -66,7 +74,8 @@ def undefended(attack="BadNets", **other):
     ],
 )
 def test_the_goal(change, asr, clean, missed):
-    assert frame.misses(change, asr, clean) is missed
+    (shown,) = rows(row(change=change, asr=asr, clean=clean)).itertuples()
+    assert frame.good(shown) is not missed
 
 
 def test_the_published_records_are_found_by_the_grids_cells():
@@ -141,7 +150,7 @@ def test_the_summary_counts_attacked_models():
 def test_beside_the_best_needs_three_baselines():
     lines = [row(name, der=80.0 + i) for i, name in enumerate(BASELINES[:3])]
     pairs = tables.beside_best(rows(row(der=81.0), *lines, row("Fine-tuning", der=99.0)))
-    assert pairs[["own", "best", "name", "baselines"]].values.tolist() == [[81.0, 82.0, BASELINES[2], 3]]
+    assert pairs[["own", "best", "baselines"]].values.tolist() == [[81.0, 82.0, 3]]
     assert tables.beside_best(rows(row(), *lines[:2])).empty
     assert tables.beside_best(rows(*lines)).empty
 
@@ -199,8 +208,8 @@ RUNS = ["dataset", "attack", "rounds", "outer_steps", "seed", "method"]
 MEASURED = ["asr_after", "acc_after", "asr_rise", "acc_fall", "contraction", "residual"]
 
 
-def evidence(theory=(), implicit=(), cells=(), table="single-target", profile="desk"):
-    shown = rows(*cells).assign(table=table, profile=profile)
+def evidence(theory=(), implicit=(), cells=(), sweep="single-target", profile="desk"):
+    shown = rows(*cells).assign(sweep=sweep, profile=profile)
     return Evidence(
         pd.DataFrame(theory, columns=THEORY),
         pd.DataFrame(implicit, columns=[*RUNS, *MEASURED]),
@@ -210,7 +219,7 @@ def evidence(theory=(), implicit=(), cells=(), table="single-target", profile="d
 
 def verdict(name, found):
     answer, number = CLAIMS[name].judge(found)
-    assert answer in claims.VERDICTS and number
+    assert answer in VERDICTS and number
     return answer
 
 
@@ -330,17 +339,17 @@ def test_c6_compares_with_the_best_baseline_of_each_model():
     assert "9 of 18 baseline cells" in claims.c6(found(91, 91, 88))[1]
 
 
-def axis(table, ours, theirs, n=4, **fixed):
+def axis(sweep, ours, theirs, n=4, **fixed):
     """Cells of n models: how many of them each gets to the goal."""
     cells = []
     for i in range(n):
-        varied = {"poison-ratio": {"ratio": 5.0 + i}, "clean-size": {"clean": 100 + i}}.get(table, {})
+        varied = {"poison-ratio": {"ratio": 5.0 + i}, "clean-size": {"clean": 100 + i}}.get(sweep, {})
         about = {"attack": f"a{i}", **varied, **fixed}
         cells += [
             row(asr=5.0 if i < ours else 90.0, **about),
             row("NAD", asr=5.0 if i < theirs else 90.0, **about),
         ]
-    return rows(*cells).assign(table=table, profile="desk")
+    return rows(*cells).assign(sweep=sweep, profile="desk")
 
 
 def test_c7_is_judged_axis_by_axis():
@@ -353,6 +362,10 @@ def test_c7_is_judged_axis_by_axis():
     assert verdict("C7", found((single, 3, 2))) == PARTLY  # two axes were not compared
     assert verdict("C7", found((single, 1, 2), (poison, 1, 2))) == FAILS
     assert "attack: I-BAU 3, NAD 2 of 4" in claims.c7(found((single, 3, 2)))[1]
+    usual = found((single, 3, 2)).cells.assign(sweep=poison)
+    assert verdict("C7", replace(evidence(), cells=usual)) == UNMEASURED  # 20% is the attack axis again
+    tuned = found((single, 1, 2)).cells.replace({"defence": {"NAD": "Fine-tuning"}})
+    assert verdict("C7", replace(evidence(), cells=tuned)) == FAILS
     one_ratio = replace(evidence(), cells=axis(poison, 4, 0, ratio=20.0))
     assert verdict("C7", one_ratio) == UNMEASURED  # nothing varies along that axis
     blind = found((clean, 4, 0)).cells.replace({"defence": {"NAD": "DeepInspect"}})
@@ -360,21 +373,34 @@ def test_c7_is_judged_axis_by_axis():
 
 
 def timed(ours, *others, asr=5.0, **about):
-    lines = [row(name, seconds=s, asr=asr, **about) for name, s in zip(BASELINES, others, strict=False)]
-    return [row(seconds=ours, **about), *lines]
+    lines = [row(name, to_effect=s, asr=asr, **about) for name, s in zip(BASELINES, others, strict=False)]
+    return [row(to_effect=ours, **about), *lines]
 
 
-def test_c8_takes_the_fastest_baseline_that_works():
-    assert verdict("C8", evidence(cells=timed(1.0, 13.0, 20.0, 30.0))) == HOLDS
+def test_c8_takes_the_baseline_that_is_first_to_take_effect():
+    never = math.inf
+    assert verdict("C8", evidence(cells=timed(1.0, 13.0, 20.0, never))) == HOLDS
     assert verdict("C8", evidence(cells=timed(1.0, 12.9, 20.0, 30.0))) == PARTLY
     assert verdict("C8", evidence(cells=timed(1.0, 1.9, 20.0, 30.0))) == FAILS
-    useless = timed(1.0, 0.5, 20.0, 30.0)
-    useless[1]["asr"] = 99.0  # the fastest one removes nothing
-    answer, number = claims.c8(evidence(cells=useless))
-    assert answer == HOLDS and "takes 20.0 times" in number and number.endswith("the fastest of all 0.5")
+    assert verdict("C8", evidence(cells=timed(1.0, never, never, never))) == HOLDS
+    assert verdict("C8", evidence(cells=timed(never, 5.0, never, never))) == FAILS
+    answer, number = claims.c8(evidence(cells=timed(1.0, 0.5, 20.0, 30.0)))
+    assert answer == FAILS and number.startswith("time to effect of the fastest baseline: 0.5 times")
     assert verdict("C8", evidence(cells=timed(1.0, 13.0, 20.0))) == UNMEASURED  # two baselines are too few
-    elsewhere = [row(seconds=1.0, device="a GPU, 1 thread"), *timed(1.0, 20.0, 20.0, 20.0)[1:]]
+    elsewhere = [row(to_effect=1.0, device="a GPU, 1 thread"), *timed(1.0, 20.0, 20.0, 20.0)[1:]]
     assert verdict("C8", evidence(cells=elsewhere)) == UNMEASURED
+
+
+def test_c8_names_whole_runs_that_meet_the_goal_beside_it():
+    cells = [one | {"seconds": one["to_effect"] * 2} for one in timed(1.0, 0.5, 20.0, 30.0)]
+    cells[1]["asr"] = 99.0  # the fastest one removes nothing in the end
+    assert claims.c8(evidence(cells=cells))[1].endswith(
+        "; whole runs: 20.0 times as long (20.0 to 20.0 on 1 models)"
+    )
+    for one in cells:
+        one["to_effect"] = math.nan  # as of older records
+    answer, number = claims.c8(evidence(cells=cells))
+    assert answer == UNMEASURED and number.startswith("time to effect not measured; whole runs: 20.0 times")
 
 
 def test_c9_wants_every_baseline_to_fail():
@@ -393,19 +419,19 @@ def test_c9_asks_nothing_of_defences_that_see_no_clean_images():
     assert verdict("C9", replace(evidence(), cells=blind)) == UNMEASURED
 
 
-def every_table(defence):
+def every_sweep(defence):
     """Evidence on which C1 and C6 to C9 hold for the algorithm of this label, and the theory of C2."""
     axes = [axis(name, 4, 0, clean=100) for name in ("single-target", "poison-ratio", "clean-size")]
     contests = [contest(95.0, dataset=d, attack=f"b{i}") for d in ("cifar10", "gtsrb") for i in range(5)]
     race = timed(1.0, 13.0, 20.0, 30.0, attack="c")
-    single = rows(*sum(contests, []), *race).assign(table="single-target", profile="desk")
+    single = rows(*sum(contests, []), *race).assign(sweep="single-target", profile="desk")
     cells = pd.concat([*axes, single], ignore_index=True).replace({"defence": {IBAU: defence}})
     return replace(evidence([["C2", "d", 40, 0.01, 0.02, True]]), cells=cells)
 
 
 def test_records_of_ours_are_no_verdict_on_the_paper():
     on_cells = ["C1", "C6", "C7", "C8", "C9"]
-    papers, ours = (claims.judged(every_table(label)) for label in (IBAU, IBAU_PLUS))
+    papers, ours = (claims.judged(every_sweep(label)) for label in (IBAU, IBAU_PLUS))
     assert UNMEASURED not in set(papers.loc[on_cells, "here"])
     assert set(papers.loc[on_cells, "I-BAU+, ours"]) == {"–"}
     assert set(ours.loc[on_cells, "here"]) == {UNMEASURED} and set(ours.loc[on_cells, "measured"]) == {"–"}
@@ -424,7 +450,7 @@ def test_the_table_has_a_row_a_claim_and_is_the_readmes(root):
     found = claims.gather()
     table = claims.judged(found)
     assert list(table.index) == [f"C{i}" for i in range(1, 10)]
-    assert set(table["here"]) <= set(claims.VERDICTS)
+    assert set(table["here"]) <= VERDICTS
     assert readme.claims_markdown(found) in (root / "README.md").read_text(encoding="utf-8")
     for numbers in table["notebook"]:
         for number in numbers.split(", "):
@@ -433,6 +459,6 @@ def test_the_table_has_a_row_a_claim_and_is_the_readmes(root):
 
 def test_profiles_do_not_mix():
     desk, paper = (rows(row(asr=asr)).assign(profile=p) for p, asr in (("desk", 50.0), ("paper", 1.0)))
-    both = pd.concat([desk, paper], ignore_index=True).assign(table="single-target")
+    both = pd.concat([desk, paper], ignore_index=True).assign(sweep="single-target")
     means = replace(evidence(), cells=both).of("single-target")
     assert means.set_index("profile")["asr"].to_dict() == {"desk": 50.0, "paper": 1.0}

@@ -18,29 +18,33 @@ from ibau.defences.deepinspect import DeepInspectSettings
 from ibau.defences.dp_sgd import DPSGDSettings, _private, afresh, epsilon, with_group_norm
 from ibau.defences.fine_pruning import FinePruningSettings, last_channels, prune
 from ibau.defences.finetune import FinetuneSettings
+from ibau.defences.high_rate import HighRateSettings
 from ibau.defences.nad import NADSettings, attention_loss, attention_map, outputs_of, stages_of
 from ibau.defences.neural_cleanse import NeuralCleanseSettings
 from ibau.defences.tabor import TaborSettings
 from ibau.networks import checkpoints, models
-from ibau.networks.training import TrainingError, TrainSettings, train
+from ibau.networks.training import LOOKS, TrainingError, TrainSettings, train
+from ibau.unlearning.authors import AuthorsSettings
 
 BRIEF = TrainSettings(epochs=2, batch_size=8)
 REVERSE = {"steps": 2, "batch_size": 4, "patch_epochs": 1, "unflagged": "smallest"}
 SMALL = {
     "finetune": FinetuneSettings(BRIEF),
+    "high_rate": HighRateSettings(warm_up=1, high_steps=2, steps=4, batch_size=8, lr=0.01),
     "nc": NeuralCleanseSettings(batches=1, **REVERSE),
     "tabor": TaborSettings(batches=1, **REVERSE),
     "deepinspect": DeepInspectSettings(inverted=2, inversion_steps=2, **REVERSE),
     "fine_pruning": FinePruningSettings(tolerance=0.2, training=BRIEF),
     "nad": NADSettings(teacher_epochs=1, epochs=2, lr=0.01, batch_size=8, tolerance=1.0),
     "dp_sgd": DPSGDSettings(epochs=2, batch_size=10, noise=0.5, clip=1.0, chunk=4),
+    "ibau_authors": AuthorsSettings(),
     "ibau": IBAUSettings(rounds=2, outer_steps=2, batch_size=8, inner_steps=3, inner_images=6),
     "ibau_plus": CleanSettings(
         rounds=2, outer_steps=2, recovery_steps=2, batch_size=8, inner_steps=3, inner_images=6
     ),
 }
-OURS = ("ibau", "ibau_plus")
-TUNING = ["finetune", "fine_pruning", "nad", "dp_sgd", *OURS]
+OURS = ("ibau_authors", "ibau", "ibau_plus")
+TUNING = ["finetune", "high_rate", "fine_pruning", "nad", "dp_sgd", *OURS]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,8 @@ def given(name, data):
 
 
 def test_the_registry_has_its_order():
-    order = ["finetune", "nc", "tabor", "deepinspect", "fine_pruning", "nad", "dp_sgd", "ibau", "ibau_plus"]
+    order = ["finetune", "high_rate", "nc", "tabor", "deepinspect", "fine_pruning", "nad", "dp_sgd"]
+    order += ["ibau_authors", "ibau", "ibau_plus"]
     assert list(DEFENCES) == order
     assert (DEFENCES["ibau"].label, DEFENCES["ibau_plus"].label) == ("I-BAU", "I-BAU+")
     assert {name: d.sees for name, d in DEFENCES.items() if d.sees != "clean"} == {
@@ -101,7 +106,7 @@ def test_every_defence_has_published_and_quick_settings(name):
     assert isinstance(DEFENCES[name].settings(), DEFENCES[name].settings)
 
 
-@pytest.mark.parametrize("name", [name for name in DEFENCES if name not in OURS])
+@pytest.mark.parametrize("name", [name for name in DEFENCES if name not in ("high_rate", *OURS)])
 def test_a_baselines_desk_budget_is_smaller_than_the_published_one(name):
     published, desk = (asdict(make()) for make in (DEFENCES[name].settings, DEFENCES[name].settings.desk))
     published, desk = ({**found, **found.pop("training", {})} for found in (published, desk))
@@ -154,6 +159,49 @@ def test_a_defence_leaves_an_accelerators_generators_alone(model, data, monkeypa
 
 
 @pytest.mark.parametrize("name", DEFENCES)
+def test_to_watch_a_defence_changes_nothing(name, model, data):
+    seen = []
+
+    def watch(at_hand):
+        assert not at_hand.training
+        seen.append(at_hand(torch.zeros(1, 3, 32, 32)).argmax(1))
+
+    found = DEFENCES[name](model, given(name, data), settings=SMALL[name], seed=3, watch=watch)
+    alone = DEFENCES[name](model, given(name, data), settings=SMALL[name], seed=3)
+    assert seen and same(found.model, alone.model)
+
+
+@pytest.mark.parametrize("name", ["finetune", "high_rate", "fine_pruning", "nad", "dp_sgd"])
+def test_a_long_enough_run_is_looked_at_ten_times(name, model, data):
+    training = {"training": replace(BRIEF, epochs=4)} if hasattr(SMALL[name], "training") else {}
+    steps = {"steps": 20} if name == "high_rate" else {} if training else {"epochs": 4}
+    times = []
+    settings = replace(SMALL[name], **steps, **training)
+    DEFENCES[name](model, given(name, data), settings=settings, watch=lambda at_hand: times.append(1))
+    assert len(times) >= LOOKS
+
+
+def test_the_high_rate_warms_up_stays_and_falls_to_zero():
+    settings = HighRateSettings()
+    rates = [settings.rate(step) for step in range(settings.steps)]
+    assert rates[0] == pytest.approx(0.03 / 20) and rates[19:160] == [0.03] * 141
+    assert rates[160] == pytest.approx(0.02) and 0 < rates[-1] < 1e-5
+    assert rates[160:] == sorted(rates[160:], reverse=True)
+    with pytest.raises(ValueError, match="high_steps 400 and steps 360"):
+        HighRateSettings(high_steps=400)
+
+
+def test_the_high_rate_follows_batch_statistics_and_drops_nothing(model, data):
+    before = copy.deepcopy(model)
+    settings = replace(SMALL["high_rate"], lr=1e-12, shift=0)
+    found = DEFENCES["high_rate"](model, data, settings=settings).model
+    moved = [not torch.equal(a, b) for a, b in zip(before.buffers(), found.buffers(), strict=True)]
+    assert any(moved)  # BatchNorm's running statistics
+    for p, q in zip(before.parameters(), found.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", DEFENCES)
 def test_what_a_defence_tells_is_plain_and_complete(name, model, data):
     found = DEFENCES[name](model, given(name, data), settings=SMALL[name])
     assert json.loads(json.dumps(found.evidence, allow_nan=False)) == found.evidence
@@ -194,7 +242,7 @@ def test_labels_the_model_has_no_class_for_are_an_error(name, label, model, data
         DEFENCES[name](model, ImageSet(data.images, labels), settings=SMALL[name])
 
 
-@pytest.mark.parametrize("name", ["finetune", "fine_pruning", "nad", *OURS])
+@pytest.mark.parametrize("name", ["finetune", "high_rate", "fine_pruning", "nad", "ibau", "ibau_plus"])
 def test_two_clean_images_a_class_are_enough_to_run(name, model, data):
     found = DEFENCES[name](model, data.take(range(8)), settings=SMALL[name])
     assert all(p.isfinite().all() for p in found.model.parameters())

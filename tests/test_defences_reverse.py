@@ -16,7 +16,6 @@ from ibau.defences.deepinspect import (
     Still,
     deepinspect,
     invert,
-    perturb,
     small_side_indices,
 )
 from ibau.defences.deepinspect import objective as deepinspect_objective
@@ -44,7 +43,7 @@ from ibau.defences.tabor import (
     score,
     tabor,
 )
-from ibau.measure.rates import accuracy, attack_success_rate
+from ibau.measure.rates import accuracy, attack_rates
 from ibau.networks.training import TrainSettings, to_float, train
 
 TARGET = 3
@@ -369,7 +368,7 @@ def test_the_flagged_trigger_is_patched_away(victims, data, trigger, function, s
     assert norm == pytest.approx(defended.tensors["masks"][TARGET].sum().item())
     assert defended.history[0]["classes"] == 10
     asr = [
-        attack_success_rate(m, test.images, test.labels, trigger, TARGET, 10).value
+        attack_rates(m, test.images, test.labels, trigger, TARGET, 10)[0].value
         for m in (model, defended.model)
     ]
     assert asr[0] > 0.95 and asr[1] < 0.3
@@ -418,16 +417,10 @@ def test_inverted_images_are_of_their_class(victims):
     assert accuracy(model, inverted.images, inverted.labels).value > 0.95
 
 
-def test_perturbed_images_stay_images():
-    x = torch.rand(5, 3, 4, 4)
-    assert torch.equal(perturb(x, torch.zeros(2, 3, 4, 4)), x.expand(2, 5, 3, 4, 4))
-    pushed = perturb(x, torch.stack([torch.ones(3, 4, 4), -torch.ones(3, 4, 4)]))
-    assert (pushed[0] == 1).all() and (pushed[1] == 0).all()
-
-
 def test_the_generators_objective_is_its_equation():
     model, x, t = small_net(0), torch.rand(5, 3, 16, 16), torch.tensor([2, 8])
     delta, gamma2 = 0.1 * torch.randn(2, 3, 16, 16), torch.tensor([0.01, 0.02])
+    delta[:, :, :2] = torch.tensor([1.0, -1.0])[:, None, None, None]  # beyond what an image can hold
     loss, _ = deepinspect_objective(frozen(model, "float32"), x, delta, t, 0.7, gamma2, 3.0)
     for i in range(2):
         logits = model((x + delta[i]).clamp(0, 1))

@@ -236,7 +236,8 @@ def test_several_triggers_share_the_poison(splits):
     settings = replace(SETTINGS, attack="badnets+blend")
     poisoned = experiment.poison_with(victim(settings, splits).attacks, settings, splits)
     assert [len(group) for group in poisoned.per_trigger] == [9, 9]  # 0.3 of 60 together
-    assert experiment.poison_with((), replace(SETTINGS, attack="none"), splits) is None
+    nothing = experiment.poison_with((), replace(SETTINGS, attack="none"), splits)
+    assert nothing.data is splits.train and len(nothing.indices) == len(nothing.per_trigger) == 0
 
 
 def test_all_to_all_counts_every_image(splits):
@@ -478,7 +479,7 @@ def stub(**about):
     """A defence that changes one number, and a list of the data it was given."""
     given = []
 
-    def function(model, data, *, settings, seed=0, progress=False):
+    def function(model, data, *, settings, seed=0, progress=False, watch=None):
         given.append(data)
         with torch.no_grad():
             model.classifier.bias[0] += settings.shift
@@ -508,14 +509,57 @@ def test_a_defence_is_given_what_it_may_see(splits, stubs):
     assert stubs["poisoned"][1] is splits.train
 
 
-def test_a_defence_without_rounds_has_no_curve_but_its_evidence(splits, stubs):
+def test_a_defence_that_shows_nothing_on_its_way_has_a_curve_of_two_points_and_its_evidence(splits, stubs):
     record = experiment.defence_record(SETTINGS, splits, "clean", NoSettings(1e6))
-    assert record["curve"] == [] and record["evidence"] == {"flagged": [2]}
+    start, end = record["curve"]
+    assert (start["seconds"], end["seconds"]) == (0.0, record["seconds"])
+    assert end["acc"] == record["after"]["acc"] and record["evidence"] == {"flagged": [2]}
     assert record["settings"]["defence_settings"] == {"shift": 1e6}
     assert record["after"]["acc"]["value"] == pytest.approx(1 / 3)  # all are of the first class now
     assert torch.equal(
         load_file(records.runs().path(record["settings"], ".tensors"))["masks"][0], torch.eye(3)
     )
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Settings of a defence that takes three hundredths of a second a step."""
+
+    steps: int = 100
+
+    @property
+    def work(self):
+        return self.steps
+
+    def scaled(self, share):
+        return Steps(max(1, round(100 * share)))
+
+
+@pytest.mark.parametrize("effort", [1.0, 4.0])
+def test_equal_effort_is_the_seconds_of_ibau_on_the_same_victim(splits, monkeypatch, effort):
+    ran, now = [], [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def ibau(model, data, *, settings, seed=0, progress=False, watch=None):
+        now[0] += 0.6
+        return Defended(model)
+
+    def stepwise(model, data, *, settings, seed=0, progress=False, watch=None):
+        ran.append(settings.steps)
+        now[0] += 0.01 + 0.03 * settings.steps
+        return Defended(model)
+
+    both = {"ibau": Defence("I-BAU", ibau, NoSettings), "steps": Defence("S", stepwise, Steps)}
+    monkeypatch.setattr(experiment.defences, "DEFENCES", both)
+    record = experiment.defence_record(SETTINGS, splits, "steps", effort=effort)
+    used, own = record["effort"], experiment.defence_record(SETTINGS, splits, "ibau")["seconds"]
+    assert own == pytest.approx(0.6) and used["seconds"] == pytest.approx(effort * own)
+    assert used["settings"] == {"steps": ran[-1]} and used["share"] == ran[-1] / 100
+    assert record["seconds"] == pytest.approx(effort * own, abs=0.03)
+    assert (record["settings"]["effort"], record["settings"]["defence_settings"]) == (effort, {"steps": 100})
+    plain = experiment.defence_record(SETTINGS, splits, "steps")
+    assert plain["effort"] is None and "effort" not in plain["settings"] and ran[-1] == 100
+    assert records.runs().path(plain["settings"]) != records.runs().path(record["settings"])
 
 
 def test_clean_images_nobody_sees_make_no_other_record(splits, stubs):
@@ -527,7 +571,7 @@ def test_clean_images_nobody_sees_make_no_other_record(splits, stubs):
 
 
 def test_a_model_of_another_kind_is_kept_too(splits, monkeypatch):
-    def regrown(model, data, *, settings, seed=0, progress=False):
+    def regrown(model, data, *, settings, seed=0, progress=False, watch=None):
         return Defended(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 3)))
 
     monkeypatch.setattr(experiment.defences, "DEFENCES", {"regrown": Defence("R", regrown, NoSettings)})
@@ -548,16 +592,17 @@ def test_bad_defences_are_refused(splits, runs, stubs):
 
 
 def test_measuring_the_rounds_is_not_counted(splits, monkeypatch):
-    def watched(model, data, *, settings, seed=0, progress=False, on_round=None):
-        for i in range(3):
-            on_round(model, [{"round": i + 1}])
+    def watched(model, data, *, settings, seed=0, progress=False, watch=None):
+        for _ in range(3):
+            watch(model)
         return Defended(model, [{"round": 3}])
 
-    real = experiment.measure
+    real = experiment._measured
     monkeypatch.setattr(experiment.defences, "DEFENCES", {"watched": Defence("W", watched, NoSettings)})
-    monkeypatch.setattr(experiment, "measure", lambda *a: time.sleep(0.2) or real(*a))
+    monkeypatch.setattr(experiment, "_measured", lambda *a: time.sleep(0.2) or real(*a))
     record = experiment.defence_record(SETTINGS, splits, "watched")
-    assert [point["round"] for point in record["curve"]] == [0, 1, 2, 3]
+    assert [point["round"] for point in record["curve"]] == [0, 1, 2, 3]  # the end is as the last look
+    assert 0 <= record["curve"][1]["seconds"] <= record["curve"][3]["seconds"] < 0.2
     assert 0 <= record["seconds"] < 0.4  # of 0.6 and more that measuring took
 
 

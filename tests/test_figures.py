@@ -13,7 +13,7 @@ import torch
 from ibau.attacks import ALL_TO_ALL, ATTACKS, Trigger, badnets, blend
 from ibau.defences import DEFENCES
 from ibau.report import figures, frame, readme, tables
-from ibau.study import grid
+from ibau.study.cells import NONE, SWEEPS, Cell, settings_for
 from ibau.study.records import Records, figures_dir
 from ibau.study.settings import PROFILES, STANDARD, standard_victims
 
@@ -276,9 +276,9 @@ def lines_of(norms, flagged=()):
 
 
 def a_cell(name, seed=0, **settings):
-    settings = replace(grid.settings_for(name, "quick", "mnist5k"), **settings)
+    settings = replace(settings_for(name, "quick", "mnist5k"), **settings)
     attacked = standard_victims(PROFILES["quick"], seed=seed)["BadNets"]
-    return grid.Cell(attacked, name, settings, 500, seed)
+    return Cell(attacked, name, settings, 500, seed)
 
 
 def a_record(cell, seconds=10.0, acc=0.9, flagged=None, **measured):
@@ -297,6 +297,10 @@ def a_record(cell, seconds=10.0, acc=0.9, flagged=None, **measured):
         "settings": about,
         "before": {"acc": rate(0.98), "asr": rate(1.0), "ra": rate(0.0)},
         "after": {"acc": rate(acc), "asr": rate(0.5), "ra": rate(0.4), **measured},
+        "curve": [
+            {"round": i, "seconds": t, "acc": rate(0.98 - lost), "asr": rate(left)}
+            for i, (t, lost, left) in enumerate([(0.0, 0.0, 1.0), (2.0, 0.04, 0.2), (5.0, 0.02, 0.1)])
+        ],
         "seconds": seconds,
         "peak_memory_mb": 100 * seconds,
         "evidence": classes,
@@ -309,10 +313,10 @@ def a_record(cell, seconds=10.0, acc=0.9, flagged=None, **measured):
 
 @pytest.fixture
 def cells_of():
-    """A function that makes a `tables.frame` of a grid's table, all cells but some run alike."""
+    """A function that makes a `frame` of a sweep, all cells but some run alike."""
 
-    def make(table, unrun=()):
-        rows = frame.frame(dict.fromkeys(grid.TABLES[table]("quick", "mnist5k", [0])))
+    def make(sweep, unrun=()):
+        rows = frame.frame(dict.fromkeys(SWEEPS[sweep].cells("quick", "mnist5k", [0])))
         done = ~rows["defence"].isin(unrun)
         values = {"acc_before": 72.0, "acc": 70.0, "change": -2.0, "asr": 5.0, "seconds": 20.0, "der": 90.0}
         for name, value in values.items():
@@ -399,7 +403,7 @@ def test_the_rounds_name_the_algorithm(monkeypatch):
 
 
 def test_the_figures_are_those_of_the_records(tmp_path):
-    names = figures.draw_tables(tmp_path)
+    names = figures.draw_sweeps(tmp_path)
     assert "single_target_cifar10" in names and "seconds_gtsrb" in names
     wanted = {f"{name}.{kind}" for name in (*names, "rounds") for kind in ("png", "svg")}
     assert {path.name for path in tmp_path.iterdir()} | {"rounds.png", "rounds.svg"} == wanted
@@ -413,7 +417,10 @@ def test_seconds_are_bars_and_ratios_dots(axes, cells_of, unrun, base):
     rows.loc[rows["defence"] == "TABOR", "seconds"] = 60.0
     rows.loc[rows["defence"] == base, "seconds"] = 30.0
     seconds, times = figures.plot_seconds(axes[:2], rows)
-    assert sorted(patch.get_width() for patch in seconds.patches) == [20.0] * 6 + [30.0, 60.0]
+    assert sorted(patch.get_width() for patch in seconds.patches) == [20.0] * (len(DEFENCES) - 3) + [
+        30.0,
+        60.0,
+    ]
     assert unrun not in [text.get_text() for text in seconds.get_yticklabels()]
     dots = [list(line.get_xdata()) for line in times.lines if line.get_marker() == figures.MARKS["TABOR"]]
     assert dots == [[2.0] * 8] and times.get_xlabel().startswith(f"times {base}'s seconds")
@@ -462,7 +469,7 @@ def test_images_count_only_for_defences_that_see_them():
 
 def test_an_undefended_cell_is_read_from_its_victim_or_from_a_defended_one():
     cell = a_cell("finetune")
-    nothing = replace(cell, defence=grid.NONE, settings=None)
+    nothing = replace(cell, defence=NONE, settings=None)
     record = with_victim(a_record(cell))
     (from_defended,) = frame.match([nothing], [record]).values()
     assert from_defended["measured"] == record["before"]
@@ -473,10 +480,14 @@ def test_an_undefended_cell_is_read_from_its_victim_or_from_a_defended_one():
 
 def test_a_frame_has_a_row_a_cell_run_or_not():
     cell = a_cell("finetune")
-    nothing, seed = replace(cell, defence=grid.NONE, settings=None), a_cell("finetune", seed=1)
+    nothing, seed = replace(cell, defence=NONE, settings=None), a_cell("finetune", seed=1)
     record = with_victim(a_record(cell, seconds=7.0, der=rate(0.75)))
     rows = frame.frame(frame.match([nothing, cell, seed], [record]))
-    assert list(rows.columns) == frame.COLUMNS and rows["run"].tolist() == [True, True, False]
+    assert list(rows.columns) == frame.COLUMNS and rows["run"].tolist() == [
+        True,
+        True,
+        False,
+    ]
     assert rows["defence"].tolist() == [frame.UNDEFENDED, "Fine-tuning", "Fine-tuning"]
     first, second, third = rows.to_dict("records")
     assert (first["acc"], first["change"], first["asr"]) == (98.0, 0.0, 100.0) and pd.isna(first["seconds"])
@@ -490,9 +501,23 @@ def test_a_frame_has_a_row_a_cell_run_or_not():
 def test_records_without_a_cell_make_the_same_rows():
     cell = a_cell("ibau_plus")
     made = with_victim(a_record(cell, der=rate(0.75)))
-    (from_cell,) = frame.frame({cell: made}).to_dict("records")
-    (alone,) = frame.of_records([made]).to_dict("records")
-    assert alone == from_cell and alone["defence"] == "I-BAU+"
+    alone = frame.of_records([made])
+    pd.testing.assert_frame_equal(alone, frame.frame({cell: made}))
+    assert alone["defence"].tolist() == ["I-BAU+"]
+
+
+def test_time_to_effect_is_that_of_the_first_point_at_the_goal():
+    cell = a_cell("finetune")
+    record = with_victim(a_record(cell))
+    (row,) = frame.of_records([record]).to_dict("records")
+    assert (row["to_effect"], row["to_effect_few"]) == (5.0, 2.0) and pd.isna(row["share"])
+    record["curve"][2]["asr"] = rate(0.101)
+    record["effort"] = {"share": 0.25}
+    (row,) = frame.of_records([record]).to_dict("records")
+    assert (row["to_effect"], row["share"]) == (math.inf, 25.0)
+    for point in record["curve"]:
+        del point["seconds"]  # as in older records
+    assert pd.isna(frame.of_records([record])["to_effect"].item())
 
 
 def test_attacks_with_other_targets_have_other_labels():

@@ -25,7 +25,7 @@ from ibau.defences import DEFENCES, FinetuneSettings
 from ibau.defences.base import Defence, Defended
 from ibau.networks.training import TrainSettings
 from ibau.study import experiment, grid, records
-from ibau.study.grid import NONE, Cell
+from ibau.study.cells import NONE, SWEEPS, Cell, Sweep, choose, settings_for
 from ibau.study.records import Records, read_record
 from ibau.study.settings import PROFILES, VictimSettings
 from ibau.unlearning.ibau import IBAUSettings
@@ -122,11 +122,11 @@ def stamps(runs):
     return found
 
 
-# ---- tables
+# ---- sweeps
 
 
-def test_a_single_target_table_has_every_defence_against_every_attack():
-    cells = grid.single_target("quick", seeds=(0, 1))
+def test_a_single_target_sweep_has_every_defence_against_every_attack():
+    cells = SWEEPS["single-target"].cells("quick", seeds=(0, 1))
     assert len(set(cells)) == len(cells) == 2 * 8 * (1 + len(DEFENCES))
     assert {cell.victim.attack for cell in cells} == {"none", *ATTACKS}
     assert {(cell.seed, cell.victim.seed) for cell in cells} == {(0, 0), (1, 1)}
@@ -135,15 +135,16 @@ def test_a_single_target_table_has_every_defence_against_every_attack():
     assert {cell.defence for cell in cells} == {NONE, *DEFENCES}
 
 
-def test_the_other_tables_have_their_range():
-    both = {(cell.victim.target, len(cell.victim.attacks)) for cell in grid.multi_target("desk")}
+def test_the_other_sweeps_have_their_range():
+    both = {(cell.victim.target, len(cell.victim.attacks)) for cell in SWEEPS["multi-target"].cells("desk")}
     assert both == {("all-to-all", 1), (0, 7)}
-    ratios = [cell.victim.poison_ratio for cell in grid.poison_ratio("desk") if cell.defence == NONE]
+    undefended = [cell for cell in SWEEPS["poison-ratio"].cells("desk") if cell.defence == NONE]
+    ratios = [cell.victim.poison_ratio for cell in undefended]
     assert min(ratios) == 0.005 and max(ratios) == 0.2 and len(ratios) == 3 * len(set(ratios))
     for profile, most in (("quick", 500), ("paper", 5000)):
-        sizes = {cell.clean_size for cell in grid.clean_size(profile)}
+        sizes = {cell.clean_size for cell in SWEEPS["clean-size"].cells(profile)}
         assert min(sizes) == 100 and max(sizes) == most
-    assert max(cell.clean_size for cell in grid.clean_size("quick", "gtsrb")) == 5000
+    assert max(cell.clean_size for cell in SWEEPS["clean-size"].cells("quick", "gtsrb")) == 5000
 
 
 def test_settings_follow_the_profile_and_mirror_no_signs(monkeypatch):
@@ -153,31 +154,31 @@ def test_settings_follow_the_profile_and_mirror_no_signs(monkeypatch):
             return cls(held_out=0.5)
 
     monkeypatch.setitem(DEFENCES, "finetune", Defence("F", lambda: None, Settings))
-    assert grid.settings_for("finetune", "desk", "cifar10") == Settings(held_out=0.5)
-    paper = grid.settings_for("finetune", "paper", "cifar10")
+    assert settings_for("finetune", "desk", "cifar10") == Settings(held_out=0.5)
+    paper = settings_for("finetune", "paper", "cifar10")
     assert paper == Settings() and paper.training.augment == "crop-flip"
-    signs = grid.settings_for("finetune", "paper", "gtsrb")
+    signs = settings_for("finetune", "paper", "gtsrb")
     assert signs == replace(paper, training=replace(paper.training, augment="crop"))
-    assert grid.settings_for("ibau", "paper", "gtsrb") == IBAUSettings()
+    assert settings_for("ibau", "paper", "gtsrb") == IBAUSettings()
 
 
 def test_cells_are_chosen_by_name():
-    every = grid.choose([], "quick")
-    assert len(set(every)) == len(every) == len(set(sum((t("quick") for t in grid.TABLES.values()), [])))
-    few = grid.choose(["single-target"], "quick", seeds=2, attacks=["badnets"], only=["ibau", NONE])
+    every = choose([], "quick")
+    assert len(set(every)) == len(every) == len(set(sum((s.cells("quick") for s in SWEEPS.values()), [])))
+    few = choose(["single-target"], "quick", seeds=2, attacks=["badnets"], only=["ibau", NONE])
     assert [(cell.victim.attack, cell.defence, cell.seed) for cell in few] == [
         ("badnets", defence, seed) for seed in (0, 1) for defence in (NONE, "ibau")
     ]
-    least = grid.choose(["poison-ratio"], "quick", attacks=["blend"], only=["ibau"], ratios=[0.01, 0.005])
+    least = choose(["poison-ratio"], "quick", attacks=["blend"], only=["ibau"], ratios=[0.01, 0.005])
     assert [cell.victim.poison_ratio for cell in least] == [0.005, 0.01]
-    sizes = grid.choose(["clean-size"], "quick", attacks=["blend"], only=["ibau"], sizes=[100, 250])
+    sizes = choose(["clean-size"], "quick", attacks=["blend"], only=["ibau"], sizes=[100, 250])
     assert [cell.clean_size for cell in sizes] == [250, 100]
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"tables": ["six"]}, "no table 'six'; there are single-target, multi-target"),
+        ({"sweeps": ["six"]}, "no sweep 'six'; there are single-target, multi-target"),
         ({"attacks": ["wanet"]}, "no attack 'wanet'; there are none, badnets"),
         ({"only": ["anp"]}, "no defence 'anp'; there are none, "),
         ({"seeds": 0}, "0 seeds"),
@@ -187,7 +188,7 @@ def test_cells_are_chosen_by_name():
 )
 def test_names_that_do_not_exist_are_refused(bad, message):
     with pytest.raises(grid.GridError, match=message):
-        grid.choose(**{"tables": [], "profile": "quick", **bad})
+        choose(**{"sweeps": [], "profile": "quick", **bad})
 
 
 def test_a_cell_knows_its_defence():
@@ -380,11 +381,12 @@ def test_a_worker_needs_few_packages(images):
     program = f"""
 import sys
 from ibau.study import grid
+from ibau.study.cells import Cell
 from ibau.study.settings import VictimSettings
 from ibau.networks.training import TrainSettings
 from ibau.unlearning.ibau import IBAUSettings
 victim = VictimSettings("folder", width=0.125, training=TrainSettings(epochs=1), target=2)
-cells = [grid.Cell(victim), grid.Cell(victim, "ibau", IBAUSettings(rounds=1, held_out=0), 20)]
+cells = [Cell(victim), Cell(victim, "ibau", IBAUSettings(rounds=1, held_out=0), 20)]
 assert grid.run(cells, data_dir={images!r})["done"] == 2
 print(" ".join(sys.modules))
 """
@@ -487,12 +489,13 @@ def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
 
 
 @pytest.fixture
-def table(monkeypatch):
-    """The table "tiny"."""
-    monkeypatch.setattr(grid, "TABLES", {"tiny": lambda *_: [FAILING, *CELLS[:2]]})
+def sweep(monkeypatch):
+    """The sweep "tiny"."""
+    monkeypatch.setattr("ibau.study.cells.SWEEPS", {"tiny": Sweep(())})
+    monkeypatch.setattr(Sweep, "cells", lambda *_: [FAILING, *CELLS[:2]])
 
 
-def test_a_dry_run_says_what_would_be_done(table, images, runs, capsys):
+def test_a_dry_run_says_what_would_be_done(sweep, images, runs, capsys):
     command = ["grid", "--dataset", "folder", "--data", images, "--dry-run"]
     assert cli.main(command) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -511,9 +514,9 @@ def test_a_dry_run_says_what_would_be_done(table, images, runs, capsys):
     assert stamps(runs) == before
 
 
-def test_the_command_runs_the_cells_and_publishes_them(table, images, runs, capsys, tmp_path, monkeypatch):
+def test_the_command_runs_the_cells_and_publishes_them(sweep, images, runs, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(records, "figures_dir", lambda: tmp_path / "figures")
-    command = ["grid", "--table", "tiny", "--dataset", "folder", "--data", images, "--publish"]
+    command = ["grid", "--sweep", "tiny", "--dataset", "folder", "--data", images, "--publish"]
     assert cli.main(command) == 1
     said = capsys.readouterr()
     assert said.out.splitlines()[-2:] == ["2 records are in figures/data", "0 there, 2 done, 1 failed"]
@@ -526,12 +529,12 @@ def test_the_command_runs_the_cells_and_publishes_them(table, images, runs, caps
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--table", "six"], "no table 'six'; there are single-target"),
+        (["--sweep", "six"], "no sweep 'six'; there are single-target"),
         (["--defence", "anp"], "no defence 'anp'"),
         (["--seeds", "0"], "0 seeds"),
         (["--jobs", "0"], "0 jobs"),
         (["--gpu"], "name their scheduler"),
-        (["--profile", "fast"], "no profile 'fast'"),
+        (["--profile", "fast"], "unknown profile 'fast'"),
         (["--dataset", "folder", "--data", "."], "train"),
     ],
 )
@@ -551,5 +554,5 @@ def test_an_interrupted_command_says_how_to_go_on(capsys, monkeypatch):
 
 
 def test_seeds_go_on_from_the_first():
-    cells = grid.choose(["multi-target"], "quick", "", 2, first=3, only=["none", "ibau"])
+    cells = choose(["multi-target"], "quick", "", 2, first=3, only=["none", "ibau"])
     assert {(cell.seed, cell.victim.seed) for cell in cells} == {(3, 3), (4, 4)} and len(cells) == 8

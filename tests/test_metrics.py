@@ -11,7 +11,7 @@ from torch import nn
 
 from ibau.attacks import ALL_TO_ALL, Trigger
 from ibau.measure.intervals import Rate
-from ibau.measure.rates import accuracy, attack_success_rate, defence_effectiveness_rating, robust_accuracy
+from ibau.measure.rates import accuracy, attack_rates, defence_effectiveness_rating
 from ibau.networks.predict import predict
 
 CLASSES = 4
@@ -41,6 +41,14 @@ def trigger():
     mask = torch.zeros(1, 4, 4)
     mask[:, -1, -1] = 1
     return Trigger("mark", "replace", torch.ones(3, 4, 4), mask)
+
+
+def attack_success_rate(*about):
+    return attack_rates(*about)[0]
+
+
+def robust_accuracy(*about):
+    return attack_rates(*about)[1]
 
 
 LABELS = torch.tensor([0] * 10 + [1] * 20 + [2] * 30 + [3] * 40)

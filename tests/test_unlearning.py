@@ -17,7 +17,7 @@ from ibau.data.images import ImageSet
 from ibau.data.splits import load
 from ibau.hypergradient.implicit import Hypergradient
 from ibau.hypergradient.solvers import Solution
-from ibau.measure.rates import accuracy, attack_success_rate
+from ibau.measure.rates import accuracy, attack_rates
 from ibau.networks import models
 from ibau.networks.training import TrainSettings, train
 from ibau.unlearning.common import Guard, UnlearningError, UnlearningWarning
@@ -39,6 +39,7 @@ HISTORY = {
     "implicit_over_direct",
     "residual",
     "contraction",
+    "kept",
     "inner_seconds",
     "seconds",
     "held_out_acc",
@@ -79,9 +80,12 @@ def test_nothing_of_ours_is_among_the_papers_settings():
 
 
 def _phi(model, theta, delta, x, y, s):
-    """Eq. (2), with the graph kept."""
+    """Eq. (2), with the graph kept; the step is taken from the largest curvature, found by eight products."""
     (gradient,) = torch.autograd.grad(_loss(model, theta, x + delta, y), delta, create_graph=True)
-    moved = delta + s.phi_step * gradient
+    v = gradient.detach()
+    for _ in range(8):
+        (v,) = torch.autograd.grad(gradient, delta, v / v.norm(), retain_graph=True)
+    moved = delta + s.phi_step / v.norm() * gradient
     return moved * (s.radius / moved.norm()).clamp_max(1)
 
 
@@ -130,7 +134,7 @@ def _plainly(model, images, labels, s, seed):
 
 @pytest.mark.parametrize("radius", [0.5, 1.0])  # where the series converges: else the best sum counts
 def test_it_is_algorithm_1(radius):
-    settings = replace(SMALL, radius=radius, inner_steps=20, phi_step=10.0, K=4, tol=0.0, lr=5e-3, share=0.3)
+    settings = replace(SMALL, radius=radius, inner_steps=20, K=4, tol=0.0, lr=5e-3, share=0.3)
     settings = replace(settings, held_out=0.0, precision="float32")
     given, images = network().double(), IMAGES.double() / 255  # Adam enlarges what float32 rounds
     found = ibau.unlearn(given, images, LABELS, settings, seed=3)
@@ -182,15 +186,35 @@ def test_a_flat_objective_moves_nothing():
     assert torch.equal(maximise(lambda d: (0 * d).sum(), start, radius=5.0, steps=5), start)
 
 
-@pytest.mark.parametrize("radius", [0.5, 100.0])
-def test_a_solution_says_how_near_to_stationary_it_is(radius):
-    settings = replace(SMALL, radius=radius, inner_steps=40)
+@pytest.mark.parametrize(("steps", "on_sphere"), [(15, True), (2, False)])
+def test_a_solution_says_how_near_to_stationary_it_is(steps, on_sphere):
+    settings = replace(SMALL, radius=0.5, inner_steps=steps)
     inner = InnerProblem(network(), IMAGES, LABELS, settings)
     found = inner.solve(torch.Generator().manual_seed(0))
-    moved = inner.phi(found.delta.requires_grad_(), inner.weights()).detach()
-    gap = ((moved - found.delta).norm() / found.delta.norm()).item()
-    assert found.stationarity == pytest.approx(gap, rel=1e-4)
-    assert found.loss == pytest.approx(inner.objective(found.delta, inner.weights()).item(), rel=1e-5)
+    loss = inner.objective(found.delta.requires_grad_(), inner.weights())
+    (g,) = torch.autograd.grad(loss, found.delta)
+    assert (found.delta.norm().item() > 0.5 - 1e-4) == on_sphere
+    cosine = F.cosine_similarity(g.flatten(), found.delta.flatten(), dim=0).item()
+    expected = math.sqrt(1 - cosine**2) if on_sphere else 1.0  # inside, nothing holds delta back
+    assert found.stationarity == pytest.approx(expected, rel=0.02)
+    assert found.loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_phi_takes_its_step_from_the_curvature(steps):
+    """Its Jacobian shrinks every direction that curves downwards, at any maximiser of any network."""
+    settings = replace(SMALL, radius=1.0, inner_steps=steps)
+    inner = InnerProblem(network().double(), IMAGES.double() / 255, LABELS, settings)
+    delta = inner.solve(torch.Generator().manual_seed(0)).delta.double()
+
+    def gradient(d):
+        d = d if d.requires_grad else d.requires_grad_()
+        return torch.autograd.grad(inner.objective(d, inner.weights()), d, create_graph=True)[0]
+
+    hessian = torch.autograd.functional.jacobian(gradient, delta).reshape(delta.numel(), -1)
+    largest = torch.linalg.eigvalsh(hessian).abs().max().item()
+    assert settings.phi_step / inner.eta.item() == pytest.approx(largest, rel=0.1)
+    assert settings.phi_step / inner.eta.item() <= largest * (1 + 1e-6)
 
 
 def test_the_inner_objective_is_the_cross_entropy_of_the_perturbed_images_uncut():
@@ -208,7 +232,7 @@ def test_delta_stays_in_its_ball(radius):
     for delta, line in zip(result.deltas, result.history, strict=True):
         assert delta.norm() <= radius * (1 + 1e-5)
         assert line["delta_norm"] == pytest.approx(delta.norm().item(), rel=1e-5)
-        assert 0 <= line["stationarity"] < 1
+        assert 0 <= line["stationarity"] <= 1 + 1e-3
 
 
 def test_more_inner_steps_come_closer_to_a_stationary_point():
@@ -563,7 +587,7 @@ def poisoned():
     test = splits.test.take(range(500))
 
     def rates(model):
-        asr = attack_success_rate(model, test.images, test.labels, trigger, target, 10)
+        asr, _ = attack_rates(model, test.images, test.labels, trigger, target, 10)
         return accuracy(model, test.images, test.labels).value, asr.value
 
     acc, asr = rates(model)
@@ -590,5 +614,5 @@ def test_it_removes_a_real_backdoor(poisoned, algorithm, settings):
     assert acc >= 0.85
     assert asr <= 0.2
     additive = [line for line in result.history if "delta_norm" in line and "area" not in line]
-    assert all(line["stationarity"] < 0.25 for line in additive)
+    assert all(line["stationarity"] < 0.7 for line in additive)
     assert all(line["delta_norm"] == pytest.approx(10, rel=1e-3) for line in additive)

@@ -22,7 +22,7 @@ def test_the_zoo_is_the_tables_models():
 
 
 def test_the_zoo_is_small():
-    assert sum(file.stat().st_size for file in zoo.zoo_dir().iterdir()) <= zoo.MOST <= 25 * 2**20
+    assert sum(file.stat().st_size for file in zoo.ZOO.iterdir()) <= zoo.MOST <= 25 * 2**20
 
 
 @pytest.mark.parametrize("name", zoo.names())
@@ -39,6 +39,17 @@ def test_each_entry_loads_with_its_triggers(name):
     with torch.no_grad():
         logits = victim.model(torch.rand(2, 3, 32, 32))
     assert logits.shape[0] == 2 and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", zoo.names(zoo.CONVERGED))
+def test_the_converged_models_are_runs_that_were_trained_to_the_end(name):
+    victim = zoo.load(name, zoo.CONVERGED)
+    assert records.runs().path(victim.record["settings"]).stem == name
+    assert len(victim.record["training"]) == 50
+    fit = victim.record["fit"]
+    assert fit["clean"]["accuracy"] > 0.95 and (not victim.attacks or fit["poisoned"]["accuracy"] > 0.99)
+    with torch.no_grad():
+        assert torch.isfinite(victim.model(torch.rand(2, 3, 32, 32))).all()
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.names() if name.startswith("mnist5k")])

@@ -1,9 +1,9 @@
 """A look inside a clean model, for the attacks that drive some of its neurons with their trigger.
 
-A neuron here is an input unit of the last linear layer. The model is only looked at: its weights, its
-gradients and its training mode are afterwards what they were.
+A neuron here is an input unit of the last linear layer. The model is only looked at.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ibau.networks.models import device_of
 from ibau.networks.training import to_float
 
+BATCH = 32  # images a step of `ascend`
 Look = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -20,32 +21,22 @@ Look = Callable[[Tensor], tuple[Tensor, Tensor]]
 def looking_into(model: nn.Module) -> Iterator[Look]:
     """Gives a function: images (N, 3, H, W) in [0, 1] -> neurons (N, units), logits (N, classes).
 
-    It runs in evaluation mode and full float32, with deterministic algorithms on a GPU, and is
-    differentiable in the images alone.
+    It asks a copy of the model, in evaluation mode and full float32, with deterministic algorithms on a GPU,
+    and is differentiable in the images alone.
     """
-    layer, caught = last_linear(model), []
-    modes = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    hook = layer.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    model, caught = copy.deepcopy(model).eval().requires_grad_(False), []
+    last_linear(model).register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
 
     def look(images: Tensor) -> tuple[Tensor, Tensor]:
         logits = model(images)
         return caught.pop(), logits
 
-    try:
-        model.eval().requires_grad_(False)
-        with (
-            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
-            torch.autocast(device_of(model).type, enabled=False),
-            torch.enable_grad(),
-        ):
-            yield look
-    finally:
-        hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    with (
+        torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+        torch.autocast(device_of(model).type, enabled=False),
+        torch.enable_grad(),
+    ):
+        yield look
 
 
 def last_linear(model: nn.Module) -> nn.Linear:
@@ -53,7 +44,7 @@ def last_linear(model: nn.Module) -> nn.Linear:
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no linear layer, so no neurons to drive; see ibau/models.py"
+            f"{type(model).__name__} has no linear layer, so no neurons to drive; see ibau/networks/models.py"
         )
     return layers[-1]
 
@@ -76,35 +67,22 @@ def sample(images: Tensor, model: nn.Module, image_size: int, count: int, random
     return to_float(images[chosen.to(images.device)].to(device_of(model)))
 
 
-def batch(images: Tensor, size: int, random: torch.Generator) -> Tensor:
-    """`size` of the images, drawn with replacement."""
-    return images[torch.randint(len(images), (size,), generator=random).to(images.device)]
-
-
 def ascend(
-    objective: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    values: Tensor,
-    images: Tensor,
-    *,
-    steps: int,
-    lr: float,
-    low: float,
-    high: float,
-    random: torch.Generator,
-    batch_size: int = 32,
-    until: Callable[[Tensor], bool] = lambda values: False,
+    objective, values: Tensor, images: Tensor, *, steps: int, random, lr=0.05, low=0.0, high=1.0, until=None
 ) -> tuple[Tensor, list[float]]:
     """Adam ascent of `objective(values, some images) -> (to raise, activation)`, projected to [low, high].
 
-    Ends after `steps`, or when `until(values)`. Returns the values and the activation at each step.
+    A step sees BATCH of the images, drawn with replacement. Ends after `steps`, or when `until(values)`.
+    Returns the values and the activation at each step.
     """
     values = values.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([values], lr=lr, maximize=True)
     history = []
     for _ in range(steps):
-        if until(values.detach()):
+        if until and until(values.detach()):
             break
-        gain, activation = objective(values, batch(images, batch_size, random))
+        some = torch.randint(len(images), (BATCH,), generator=random).to(images.device)
+        gain, activation = objective(values, images[some])
         (values.grad,) = torch.autograd.grad(gain, values)
         optimizer.step()
         with torch.no_grad():
@@ -123,14 +101,7 @@ def risen(look: Look, neurons: Tensor, images: Tensor, stamped: Tensor, history:
     clean, driven = (
         torch.cat([look(part)[0][:, neurons].mean(1) for part in x.split(100)]) for x in (images, stamped)
     )
-    measured = {
-        "before": clean.mean(),
-        "after": driven.mean(),
-        "clean_max": clean.max(),
-        "after_min": driven.min(),
-    }
-    return {
-        "neurons": neurons.tolist(),
-        "activation": {name: round(value.item(), 4) for name, value in measured.items()},
-        "activation_by_step": history,
-    }
+    measured = (clean.mean(), driven.mean(), clean.max(), driven.min())
+    names = ("before", "after", "clean_max", "after_min")
+    activation = {name: round(value.item(), 4) for name, value in zip(names, measured, strict=True)}
+    return {"neurons": neurons.tolist(), "activation": activation, "activation_by_step": history}

@@ -14,16 +14,11 @@ ALL_TO_ALL = "all-to-all"
 
 @dataclass(frozen=True)
 class Poisoned:
-    """A poisoned training set.
+    """A poisoned training set."""
 
-    data         as the victim sees it
-    indices      int64, ascending: the images that carry a trigger
-    per_trigger  for each trigger the indices of its images, ascending; together they are `indices`
-    """
-
-    data: ImageSet
-    indices: Tensor
-    per_trigger: tuple[Tensor, ...]
+    data: ImageSet  # as the victim sees it
+    indices: Tensor  # int64, ascending: the images that carry a trigger
+    per_trigger: tuple[Tensor, ...]  # the indices of each trigger's images, ascending
 
 
 def target_labels(labels: Tensor, target: int | str, num_classes: int) -> Tensor:
@@ -46,18 +41,7 @@ def poison(
     Raises ValueError for a ratio outside (0, 1), an unknown class, a trigger of another size, or a ratio
     that asks for more images than there are to draw from.
     """
-    _check_ratio(ratio)
-    wanted = target_labels(train.labels, target, num_classes)
-    eligible = (wanted != train.labels).nonzero().squeeze(1)
-    count = round(ratio * len(train))
-    if not 1 <= count <= len(eligible):
-        raise ValueError(
-            f"poison ratio {ratio} of {len(train)} images asks for {count}; "
-            f"between 1 and {len(eligible)} (those outside the target class) can be poisoned"
-        )
-    random = torch.Generator().manual_seed(seed)
-    indices = _draw(eligible, count, random)
-    return _stamped(train, [trigger], [indices], wanted)
+    return _poisoned(train, [trigger], [target_labels(train.labels, target, num_classes)], ratio, seed)
 
 
 def poison_several(
@@ -79,7 +63,6 @@ def poison_several(
     unknown class, a trigger of another size, a ratio outside (0, 1), or one that asks for less than an image
     a trigger or for more images than the training set has outside any one of the target classes.
     """
-    _check_ratio(ratio)
     if len(triggers) < 2 or len(triggers) != len(targets) or len(set(targets)) != len(targets):
         raise ValueError(
             f"{len(triggers)} triggers with targets {list(targets)}; "
@@ -88,38 +71,28 @@ def poison_several(
     if ALL_TO_ALL in targets:
         raise ValueError(f"targets are {list(targets)}; valid: one class from 0 to {num_classes - 1} each")
     wanted = [target_labels(train.labels, target, num_classes) for target in targets]
-    count, k = round(ratio * len(train)), len(triggers)
-    most = min(int((train.labels != target).sum()) for target in targets)
-    if not k <= count <= most:
-        raise ValueError(
-            f"poison ratio {ratio} of {len(train)} images asks for {count}; "
-            f"{k} triggers take between {k} and {most} (those outside the largest target class)"
-        )
-    random = torch.Generator().manual_seed(seed)
-    free = torch.ones(len(train), dtype=torch.bool)
-    groups, labels = [], train.labels.clone()
-    for i, target in enumerate(targets):
-        # The bound above leaves every trigger enough: what the others took lies within count minus its share.
-        eligible = (free & (train.labels != target)).nonzero().squeeze(1)
-        groups.append(_draw(eligible, count // k + (i < count % k), random))
-        free[groups[-1]] = False
-        labels[groups[-1]] = wanted[i][groups[-1]]
-    return _stamped(train, triggers, groups, labels)
+    return _poisoned(train, triggers, wanted, ratio, seed)
 
 
-def _check_ratio(ratio: float) -> None:
+def _poisoned(train: ImageSet, triggers, wanted: list[Tensor], ratio: float, seed: int) -> Poisoned:
+    """The share `ratio` of the images divided among the triggers, each with its own wanted labels."""
     if not 0 < ratio < 1:
         raise ValueError(f"poison ratio is {ratio}; it must lie strictly between 0 and 1")
-
-
-def _draw(eligible: Tensor, count: int, random: torch.Generator) -> Tensor:
-    return eligible[torch.randperm(len(eligible), generator=random)[:count]].sort().values
-
-
-def _stamped(train: ImageSet, triggers, groups: list[Tensor], wanted: Tensor) -> Poisoned:
-    """The training set with each trigger on its group of images, and on these the wanted labels."""
-    images, labels = train.images.clone(), train.labels.clone()
-    for trigger, group in zip(triggers, groups, strict=True):
-        images[group] = trigger(images[group])
-        labels[group] = wanted[group]
+    count, k = round(ratio * len(train)), len(triggers)
+    most = min(int((train.labels != new).sum()) for new in wanted)
+    if not k <= count <= most:
+        raise ValueError(
+            f"poison ratio {ratio} of {len(train)} images asks for {count}; between {k} and {most} can be "
+            f"poisoned, at least one a trigger and none of the {'largest ' if k > 1 else ''}target class"
+        )
+    random = torch.Generator().manual_seed(seed)
+    images, labels, groups = train.images.clone(), train.labels.clone(), []
+    free = torch.ones(len(train), dtype=torch.bool)
+    for i, (trigger, new) in enumerate(zip(triggers, wanted, strict=True)):
+        # The bound leaves every trigger enough: the others took at most count minus its share.
+        eligible = (free & (train.labels != new)).nonzero().squeeze(1)
+        drawn = torch.randperm(len(eligible), generator=random)[: count // k + (i < count % k)]
+        group = eligible[drawn].sort().values
+        images[group], labels[group], free[group] = trigger(images[group]), new[group], False
+        groups.append(group)
     return Poisoned(ImageSet(images, labels), torch.cat(groups).sort().values, tuple(groups))

@@ -19,19 +19,15 @@ MODES = ("add", "replace", "blend")
 class Trigger:
     """A backdoor trigger in pixel space.
 
-    name     the attack it comes from
-    mode     "add": clip(x + pattern), the mask says where; "replace": the pattern where the mask is 1;
-             "blend": (1 - mask) x + mask pattern, with the opacity as mask
-    pattern  (3, H, W) float32; in [0, 1] to replace or blend, in [-1, 1] to add
-    mask     (1, H, W) float32 in [0, 1]
-    settings what made it: plain values that JSON can hold
+    mode  "add": clip(x + pattern), the mask says where; "replace": the pattern where the mask is 1; "blend":
+          (1 - mask) x + mask pattern, with the opacity as mask
     """
 
-    name: str
+    name: str  # the attack it comes from
     mode: str
-    pattern: Tensor
-    mask: Tensor
-    settings: dict = field(default_factory=dict)
+    pattern: Tensor  # (3, H, W) float32; in [0, 1] to replace or blend, in [-1, 1] to add
+    mask: Tensor  # (1, H, W) float32 in [0, 1]
+    settings: dict = field(default_factory=dict)  # what made it: plain values that JSON can hold
 
     def __post_init__(self):
         one_of(self, "mode", MODES)
@@ -65,11 +61,8 @@ class Trigger:
 
     def save(self, path: str | Path) -> None:
         """Write pattern and mask as plain arrays (safetensors), the rest into the file's metadata."""
-        metadata = {
-            "name": self.name,
-            "mode": self.mode,
-            "settings": json.dumps(self.settings, sort_keys=True),
-        }
+        settings = json.dumps(self.settings, sort_keys=True)
+        metadata = {"name": self.name, "mode": self.mode, "settings": settings}
         arrays = {"pattern": self.pattern.contiguous(), "mask": self.mask.contiguous()}
         with whole_file(path) as temporary:
             save_file(arrays, temporary, metadata=metadata)

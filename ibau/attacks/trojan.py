@@ -9,6 +9,7 @@ variation that keeps the patch smooth. Both triggers differ in their mask alone.
 import torch
 from torch import Tensor, nn
 
+from ibau.attacks.badnets import square
 from ibau.attacks.neurons import Look, ascend, by_weight, looking_into, risen, sample
 from ibau.attacks.trigger import Trigger
 
@@ -29,14 +30,7 @@ def trojan_square(
     model, images: a clean model and clean images (N, 3, H, W), uint8 or in [0, 1]. smoothing: the weight of
     the total variation. Raises ValueError for a square that does not fit, or images of another size.
     """
-    start = image_size - margin - size
-    if size < 1 or margin < 0 or start < 0:
-        raise ValueError(
-            f"a square of {size} pixels with margin {margin} does not fit into {image_size} pixels"
-        )
-    mask = torch.zeros(1, image_size, image_size)
-    mask[:, start : start + size, start : start + size] = 1
-    drawn = {"size": size, "margin": margin}
+    mask, drawn = square(image_size, size, margin), {"size": size, "margin": margin}
     return _trojan("trojan_square", mask, drawn, model, images, seed, smoothing, steps)
 
 
@@ -74,16 +68,7 @@ def watermark(image_size: int, width: float = 0.31) -> Tensor:
     return ((radius - petals).abs() < width / 2).float()[None]
 
 
-def _trojan(
-    name: str,
-    mask: Tensor,
-    drawn: dict,
-    model: nn.Module,
-    images: Tensor,
-    seed: int,
-    smoothing: float,
-    steps: int,
-) -> Trigger:
+def _trojan(name: str, mask: Tensor, drawn: dict, model, images, seed, smoothing, steps) -> Trigger:
     """The trigger with the optimised patch under `mask`; `drawn` are the settings that drew the mask."""
     random = torch.Generator().manual_seed(seed)
     x = sample(images, model, mask.shape[-1], 256, random)
@@ -96,7 +81,7 @@ def _trojan(
             activation = look(torch.lerp(some, patch, m))[0][:, neuron].mean()
             return activation - smoothing * total_variation(patch, m), activation
 
-        patch, history = ascend(objective, start, x, steps=steps, lr=0.05, low=0, high=1, random=random)
+        patch, history = ascend(objective, start, x, steps=steps, random=random)
         about = risen(look, neuron, x, torch.lerp(x, patch, m), history)
     pixels = int(mask.sum())
     settings = {**drawn, "pixels": pixels, "smoothing": smoothing, "steps": steps, "seed": seed, **about}

@@ -9,12 +9,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ibau.hypergradient.implicit import project_l2
 from ibau.networks.training import autocast
-from ibau.unlearning.common import Perturbation, arranged, measured
-from ibau.unlearning.ibau import cross_entropy, maximise
+from ibau.unlearning import ibau as paper
+from ibau.unlearning.common import Perturbation
+from ibau.unlearning.ibau import cross_entropy
 
 FAINT = 1e-3  # the least mask at which the ascent looks for colours
 
@@ -75,34 +75,20 @@ def project_patch(delta: Tensor, area: float) -> Tensor:
     return torch.cat([(mask - tau).clamp(0, 1), picture], dim=1)
 
 
-class InnerProblem:
-    """max over delta of H(delta, theta) on a fixed sample of clean images, for the model's weights.
+class InnerProblem(paper.InnerProblem):
+    """The paper's inner problem, or the same over patches of at most `area` pixels.
 
-    Over |delta|_2 <= radius where `area` is None, else over patches of at most `area` pixels. With a class to
-    `aim` at, the images of other classes alone count, and the objective is minus the cross-entropy of that
-    class. Otherwise as `ibau.unlearning.ibau.InnerProblem`.
+    With a class to `aim` at, the images of other classes alone count, and the objective is minus the
+    cross-entropy of that class.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        settings,
-        area: float | None = None,
-        aim: int | None = None,
-    ):
-        self.model, self.settings, self.area, self.aim = model, settings, area, aim
-        self.names = [name for name, _ in model.named_parameters()]
+    def __init__(self, model, images, labels, settings, area: float | None = None, aim: int | None = None):
+        self.area, self.aim = area, aim
         if aim is not None:
             others = labels != aim
             others |= ~others.any()  # all of them, where there are none
             images, labels = images[others], torch.full_like(labels[others], aim)
-        self.images, self.labels = arranged(images, model), labels
-
-    def weights(self) -> list[Tensor]:
-        """theta"""
-        return [p.detach() for p in self.model.parameters()]
+        super().__init__(model, images, labels, settings)
 
     def objective(self, delta: Tensor, params: Sequence[Tensor]) -> Tensor:
         """H(delta, theta) on the sample."""
@@ -110,19 +96,14 @@ class InnerProblem:
         value = cross_entropy(self.model, theta, perturbed(self.images, delta), self.labels)
         return value if self.aim is None else -value
 
-    def phi(self, delta: Tensor, params: Sequence[Tensor]) -> Tensor:
-        """Phi(delta, theta) = project(delta + eta dH/ddelta): one projected gradient ascent step."""
-        (gradient,) = torch.autograd.grad(self.objective(delta, params), delta, create_graph=True)
-        return self.project(delta + self.settings.phi_step * gradient)
-
     def project(self, delta: Tensor) -> Tensor:
         """The closest perturbation that is allowed."""
-        if self.area is None:
-            return project_l2(delta, self.settings.radius)
-        return project_patch(delta, self.area)
+        return super().project(delta) if self.area is None else project_patch(delta, self.area)
 
     def solve(self, generator: torch.Generator) -> Perturbation:
         """Ascend from a small random delta, or from a faint random mask over noise."""
+        if self.area is None:
+            return super().solve(generator)
         settings, theta = self.settings, self.weights()
         _, channels, height, width = self.images.shape
 
@@ -130,13 +111,7 @@ class InnerProblem:
             with autocast(self.images.device, settings.precision):
                 return self.objective(delta, theta)
 
-        if self.area is None:
-            start = torch.randn(1, channels, height, width, generator=generator)
-            start = (start * (0.01 * settings.radius / start.norm())).to(self.images.device)
-            found = maximise(objective, start, radius=settings.radius, steps=settings.inner_steps)
-        else:  # the mask is on average as large as it may be
-            start = torch.rand(1, 1 + channels, height, width, generator=generator)
-            start[:, :1] *= 2 * self.area / (height * width)
-            start = start.to(self.images.device)
-            found = maximise_patch(objective, start, area=self.area, steps=settings.inner_steps)
-        return measured(self, found)
+        start = torch.rand(1, 1 + channels, height, width, generator=generator)
+        start[:, :1] *= 2 * self.area / (height * width)  # on average the mask is as large as it may be
+        start = start.to(self.images.device)
+        return self.solved(maximise_patch(objective, start, area=self.area, steps=settings.inner_steps))

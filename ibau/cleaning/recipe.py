@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ class CleanSettings:
     inner_steps: int = 20  # ascent steps of an inner solve
     inner_images: int = 50  # clean images a round's inner problem is posed on
     K: int = 0  # terms of the series of the implicit term, see IBAUSettings; 0 leaves it out
-    phi_step: float = 1.0  # eta: step size of Phi
+    phi_step: float = 1.0  # eta |d2H/ddelta2|, see IBAUSettings
     tol: float = 1e-2  # relative residual at which the linear solve stops early
     held_out: float = 0.2  # share of the clean images that is only watched, 500 at most; 0: none
     few: int = 300  # clean images to learn from; with fewer the given model is the teacher
@@ -90,6 +90,16 @@ class CleanSettings:
         within(self, "[0, 1)", "held_out")
         one_of(self, "search", SEARCHES)
         one_of(self, "precision", PRECISIONS)
+
+    @property
+    def work(self) -> int:
+        """What its time is proportional to, nearly: outer and recovery steps."""
+        return self.rounds * self.outer_steps + self.recovery_steps
+
+    def scaled(self, share: float) -> "CleanSettings":
+        """The same with this share of the rounds and of the recovery."""
+        rounds = max(1, round(share * self.rounds))
+        return replace(self, rounds=rounds, recovery_steps=round(share * self.recovery_steps))
 
 
 @exact_float32()
@@ -119,7 +129,8 @@ def clean(
                 line, delta = run.round(len(history))
             if guard.undone:
                 continue
-            run.found(delta)
+            if run.order:  # class-targeted: later steps show it again
+                run.earlier.append(delta)
             history.append({"round": len(history) + 1, **line, **guard.line()})
             deltas.append(delta[0].cpu())
             bar.update()
@@ -176,14 +187,8 @@ class _Run:
         about = {"area": area, "aim": aim}
         return {**line, **{name: value for name, value in about.items() if value is not None}}, found.delta
 
-    def found(self, delta: Tensor) -> None:
-        """Keep what a round found, where later steps are to show it again."""
-        if self.order:
-            self.earlier.append(delta)
-
     def recover(self, history: list[dict], on_round, teacher: dict | None = None) -> None:
-        """Take recovery steps, and note them; what ruins held-out accuracy, or brings none back, is
-        undone."""
+        """Take recovery steps and note them; undo those that ruin held-out accuracy, or bring none back."""
         least = self.guard.accuracy if teacher else COLLAPSE * self.guard.accuracy
         self.guard.__enter__()
         line = self._recovery(teacher)
@@ -217,12 +222,9 @@ class _Run:
         return {"recovery": steps, "outer_loss": outer_loss, "seconds": time.perf_counter() - began}
 
     def lost_much(self) -> bool:
-        """Whether held-out accuracy fell by more than `lost`, and further than chance among so few
-        explains."""
+        """Whether held-out accuracy ended more than `lost` lower, and below the 95% interval at first."""
         before, after, n = self.guard.before, self.guard.accuracy, len(self.start.watched[0])
-        if not before - after > self.settings.lost:
-            return False
-        return after < Rate.of(torch.arange(n) < round(before * n)).low
+        return before - after > self.settings.lost and after < Rate(round(before * n), n).low
 
     def _batch(self) -> tuple[Tensor, Tensor]:
         """The next outer step's images, and what it aims at: labels, or probabilities (N, classes)."""
@@ -249,11 +251,9 @@ class _Run:
 
     def _area(self, number: int) -> float | None:
         """The pixels a patch of this round may cover; None for an additive perturbation."""
-        settings = self.settings
-        in_turn = settings.search in ("alternating", "class-targeted")
-        if settings.search == "additive" or in_turn and number % 2 == 0:
+        search, least, most = self.settings.search, self.settings.least_area, self.settings.most_area
+        if search == "additive" or search != "patch" and number % 2 == 0:
             return None
-        least, most = settings.least_area, settings.most_area
         share = least * (most / least) ** torch.rand(1, generator=self.generator).item()
         return max(1.0, share * self.images.shape[-2] * self.images.shape[-1])
 

@@ -36,10 +36,6 @@ def cache_dir() -> Path:
     return Path(os.environ.get("IBAU_CACHE") or "~/.cache/ibau").expanduser().resolve()
 
 
-def default_root(name: str) -> Path:
-    return cache_dir() / name
-
-
 def cached(name: str, root: Path, image_size: int, source: Source) -> tuple[Whole, str]:
     """The decoded data set and its fingerprint: from the cache if that is sound and fresh, else decoded."""
     place = hashlib.sha256(str(root).encode()).hexdigest()[:8]
@@ -68,10 +64,9 @@ def _read_cache(path: Path, stamp: str) -> tuple[Whole, str] | None:
             metadata = file.metadata() or {}
             if metadata.get("stamp") != stamp:
                 return None
-            train = ImageSet(file.get_tensor("train_images"), file.get_tensor("train_labels"))
-            test = ImageSet(file.get_tensor("test_images"), file.get_tensor("test_labels"))
-            tracks = file.get_tensor("train_tracks") if "train_tracks" in file.keys() else None
-        whole = Whole(train, test, tuple(json.loads(metadata["classes"])), tracks)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no __iter__)
+        train, test = (ImageSet(tensors[f"{k}_images"], tensors[f"{k}_labels"]) for k in ("train", "test"))
+        whole = Whole(train, test, tuple(json.loads(metadata["classes"])), tensors.get("train_tracks"))
         # 0.1 s for CIFAR-10, so the sum is taken afresh and guards the pixels too
         sound = _fingerprint(whole) == metadata["fingerprint"]
     except (OSError, SafetensorError, KeyError, ValueError):

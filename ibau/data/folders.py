@@ -2,8 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from ibau.data.cache import Source, Whole
 from ibau.data.images import DataError, ImageSet, some
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+DOWNLOAD = "load with download=True (--download)"  # a remedy, for messages
 DECODER = 1  # raise this when the same files come to be decoded differently: old caches are then stale
 
 
@@ -50,45 +51,34 @@ def is_image(path: str | Path) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def subfolders(folder: Path) -> tuple[str, ...]:
-    """The names of the folders in it, sorted as torchvision's ImageFolder sorts them; without hidden ones."""
-    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
-
-
-def labelled(root: Path, names: Sequence[str], classes: tuple[str, ...]) -> list[Item]:
-    """The images in and below root/<name>/ for these names, labelled by the name's place in `classes`.
-
-    Raises DataError for a folder without images.
-    """
+def labelled(root: Path, classes: tuple[str, ...] = ()) -> tuple[list[Item], tuple[str, ...]]:
+    """The images in and below root/<class>/, none that is hidden, and the class names. See `load_folder`."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; expected class folders in it, each of one class's images")
+    found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not classes and len(found) < 2:
+        raise DataError(f"{root}: it takes at least two class folders, found {some(found)}")
+    classes = classes or tuple(found)
+    strange = [name for name in found if name not in classes]
+    if strange or not found:
+        raise DataError(f"{root}: class folders {some(strange)}; expected some of {some(classes)}")
     try:
-        found = make_dataset(root, {name: classes.index(name) for name in names}, is_valid_file=is_image)
+        files = make_dataset(root, {name: classes.index(name) for name in found}, is_valid_file=is_image)
     except FileNotFoundError as error:
         raise DataError(f"{root}: {error}Looked for {', '.join(IMAGE_SUFFIXES)}") from None
-    return [Item(path, label) for path, label in found]
+    return [Item(path, label) for path, label in files], classes
 
 
 def class_folders(root: Path) -> tuple[list[Item], list[Item], tuple[str, ...]]:
-    """Items of train/ and test/, and the class names: the sorted names of train's folders."""
-    train, test = root / "train", root / "test"
-    classes = subfolders(train)
-    if len(classes) < 2:
-        raise DataError(f"{train}: it takes at least two class folders, found {some(classes)}")
-    if not test.is_dir():
-        raise DataError(f"{test} is missing; expected class folders in it, as in {train}")
-    test_classes = subfolders(test)
-    strange = sorted(set(test_classes) - set(classes))
-    if strange:
-        raise DataError(f"{test}: class {some(strange)} is not in {train} ({some(classes)})")
-    if not test_classes:
-        raise DataError(f"{test} has no class folders; expected some of {some(classes)}")
-    return labelled(train, classes, classes), labelled(test, test_classes, classes), classes
+    """Items of train/ and test/, and the class names: those of train's folders. See `labelled`."""
+    train, classes = labelled(root / "train")
+    test, _ = labelled(root / "test", classes)
+    return train, test, classes
 
 
-def missing(name: str, root: Path, expected: str, downloadable: bool = True) -> DataError:
+def missing(name: str, root: Path, expected: str, or_else: str = f", or {DOWNLOAD}") -> DataError:
     """The error to raise where a data set is not there."""
-    remedy = "give the folder that holds it as data_dir"
-    if downloadable:
-        remedy += ", or load with download=True (--download)"
+    remedy = f"give the folder that holds it as data_dir{or_else}"
     return DataError(f"{name}: not found in {root}; expected there: {expected}. To mend it, {remedy}")
 
 
@@ -107,20 +97,10 @@ def load_folder(root: str | Path, image_size: int, classes: tuple[str, ...] = ()
     `classes` names what the folders may be. Images are cut to their largest centred square and resized;
     image_size 0 keeps their size, which must then be the same for all.
 
-    Raises DataError for a folder that is missing, has fewer than two class folders or one not in `classes`,
-    or in which nothing decodes.
+    Raises DataError for a folder that is missing, has fewer than two class folders, one not in `classes` or
+    one without images, and where nothing decodes.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; expected one that holds a folder of images for each class")
-    found = subfolders(root)
-    if not classes and len(found) < 2:
-        raise DataError(f"{root}: it takes at least two class folders, found {some(found)}")
-    strange = [name for name in found if name not in (classes or found)]
-    if strange or not found:
-        raise DataError(f"{root}: class folders {some(strange)}; expected some of {some(classes)}")
-    classes = classes or found
-    items = labelled(root, found, classes)
+    items, classes = labelled(Path(root), classes)
     skipped, images, labels = [], [], []
     for item in items:
         try:
@@ -160,14 +140,11 @@ def source_of(train: list[Item], test: list[Item], classes: tuple[str, ...], ima
 
 def _decoded(items: list[Item], image_size: int, split: str) -> ImageSet:
     images = np.empty((len(items), 3, image_size, image_size), np.uint8)
-
-    def decode(i: int) -> None:
-        images[i] = read(items[i], image_size)
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL lets other threads run while it decodes
-        done = pool.map(decode, range(len(items)))
-        for _ in tqdm(done, f"decoding {split} images", len(items), disable=None):  # None: only on a terminal
-            pass
+        decoded = pool.map(read, items, repeat(image_size))
+        bar = tqdm(decoded, f"decoding {split} images", len(items), disable=None)  # None: only on a terminal
+        for i, image in enumerate(bar):
+            images[i] = image
     return ImageSet(torch.from_numpy(images), torch.tensor([item.label for item in items]))
 
 
@@ -183,16 +160,12 @@ def read(item: Item, image_size: int) -> np.ndarray:
 def resized(images: np.ndarray, labels, image_size: int) -> ImageSet:
     """images: (N, H, W, 3) uint8."""
     pixels = np.stack([_square(Image.fromarray(image), image_size) for image in images])
-    return ImageSet(
-        torch.from_numpy(np.ascontiguousarray(pixels)), torch.as_tensor(labels, dtype=torch.int64)
-    )
+    pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+    return ImageSet(pixels, torch.as_tensor(labels, dtype=torch.int64))
 
 
 def _square(image: Image.Image, size: int, box: tuple[float, ...] | None = None) -> np.ndarray:
-    """(3, size, size) uint8 of the box (as fractions), or without one of the largest centred square.
-
-    size 0 leaves it as large as it is.
-    """
+    """(3, size, size) uint8 of the box, as fractions, or the largest centred square; size 0: unresized."""
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8-bit RGB")
     width, height = image.size

@@ -5,6 +5,8 @@ import re
 from functools import partial
 from pathlib import Path
 
+from torchvision.datasets import utils
+
 from ibau.data.cache import Source
 from ibau.data.cifar10 import fetch
 from ibau.data.folders import Item, is_image, missing, source_of
@@ -40,11 +42,9 @@ def gtsrb(root: Path, image_size: int, download: bool) -> Source:
     except DataError:
         if not download:
             raise
-    from torchvision.datasets.utils import download_and_extract_archive
-
     for archive, md5 in GTSRB_ARCHIVES.items():  # one that is already there is unpacked, not fetched
         url = GTSRB_URL + archive
-        fetch(partial(download_and_extract_archive, url, root, md5=md5), root, url)
+        fetch(partial(utils.download_and_extract_archive, url, root, md5=md5), root, url)
     return _gtsrb_frames(root, image_size)
 
 
@@ -52,12 +52,9 @@ def _gtsrb_frames(root: Path, image_size: int) -> Source:
     places = (root / "GTSRB", root, root / "gtsrb" / "GTSRB")
     base = next((place for place in places if (place / "Final_Training" / "Images").is_dir()), None)
     if base is None:
-        raise missing(
-            "gtsrb",
-            root,
-            "GTSRB/Final_Training/Images/000CC/*.ppm, GTSRB/Final_Test/Images/*.ppm and GT-final_test.csv, "
-            f"from {', '.join(GTSRB_ARCHIVES)} at {GTSRB_URL} (GTSRB/Training is another, smaller set)",
-        )
+        files = "GTSRB/Final_Training/Images/000CC/*.ppm, GTSRB/Final_Test/Images/*.ppm and GT-final_test.csv"
+        source = f"from {', '.join(GTSRB_ARCHIVES)} at {GTSRB_URL} (GTSRB/Training is another, smaller set)"
+        raise missing("gtsrb", root, f"{files}, {source}")
     train_images, test_images = base / "Final_Training" / "Images", base / "Final_Test" / "Images"
     tables = [folder / "GT-final_test.csv" for folder in (base.parent, base, test_images.parent, test_images)]
     table = next((path for path in tables if path.is_file()), None)
@@ -69,14 +66,9 @@ def _gtsrb_frames(root: Path, image_size: int) -> Source:
     train = []
     for label in range(len(GTSRB_SIGNS)):
         folder = train_images / f"{label:05d}"
-        items = _annotated(folder / f"GT-{folder.name}.csv", folder)
-        if any(item.label != label for item in items):
-            raise DataError(f"{folder / f'GT-{folder.name}.csv'}: it has a ClassId other than {label}")
+        items = _annotated(folder / f"GT-{folder.name}.csv", folder, range(label, label + 1))
         train += [item._replace(track=_track(item)) for item in items]
-    test = _annotated(table, test_images)
-    strange = sorted({item.label for item in test} - set(range(len(GTSRB_SIGNS))))
-    if strange:
-        raise DataError(f"{table}: ClassId {some(strange)} is not among the training classes, 0 to 42")
+    test = _annotated(table, test_images, range(len(GTSRB_SIGNS)))
     classes = tuple(f"{i:02d} {sign}" for i, sign in enumerate(GTSRB_SIGNS))
     return source_of(train, test, classes, image_size)
 
@@ -89,23 +81,22 @@ def _track(item: Item) -> int:
     return 100_000 * item.label + int(name[:5])
 
 
-def _annotated(table: Path, folder: Path) -> list[Item]:
-    """The images of a GTSRB folder with class and Roi box, from its semicolon-separated annotations."""
-    if not table.is_file():
-        raise DataError(f"annotations {table} are missing; unpack the archive of {folder.parent} again")
-    with open(table, newline="") as file:
-        rows = list(csv.DictReader(file, delimiter=";", skipinitialspace=True))
+def _annotated(table: Path, folder: Path, labels: range) -> list[Item]:
+    """The images of a GTSRB folder with class, one of `labels`, and Roi box, from its annotations."""
+    lines = table.read_text().splitlines() if table.is_file() else []
+    rows = list(csv.DictReader(lines, delimiter=";", skipinitialspace=True))
     if not rows:
-        raise DataError(f"annotations {table} are empty; unpack the archive of {folder.parent} again")
+        raise DataError(f"annotations {table} are missing or empty; unpack {folder.parent}'s archive again")
     files = {path.name for path in folder.iterdir() if is_image(path)}
     items, lost = [], []
     for line, row in enumerate(rows, start=2):
         try:
             name, label, box = row["Filename"], int(row["ClassId"]), _box(row)
+            if label not in labels:
+                raise ValueError(f"ClassId {label} is of another class")
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise DataError(
-                f"{table}, line {line}: needs Filename, ClassId and a Roi inside Width x Height, got {row}"
-            ) from error
+            wanted = f"Filename, ClassId {labels[0]} to {labels[-1]} and a Roi inside Width x Height"
+            raise DataError(f"{table}, line {line}: needs {wanted}, got {row}") from error
         if name in files:
             files.remove(name)
             items.append(Item(str(folder / name), label, box))
@@ -124,10 +115,8 @@ def _annotated(table: Path, folder: Path) -> list[Item]:
 def _box(row: dict[str, str]) -> tuple[float, ...]:
     """The Roi as fractions of the annotated Width and Height: a file may have been saved at another size."""
     width, height = int(row["Width"]), int(row["Height"])
-    box = tuple(
-        int(row[f"Roi.{corner}"]) / side
-        for corner, side in (("X1", width), ("Y1", height), ("X2", width), ("Y2", height))
-    )
+    sides = {"X1": width, "Y1": height, "X2": width, "Y2": height}
+    box = tuple(int(row[f"Roi.{corner}"]) / side for corner, side in sides.items())
     if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise ValueError(f"Roi box {box} is empty or outside the image")
     return box

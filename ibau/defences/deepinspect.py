@@ -21,7 +21,8 @@ there are none.
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,12 +40,14 @@ from ibau.defences.inversion import (
     Classify,
     Schedule,
     decide,
+    fooled,
     frozen,
+    rows,
 )
 from ibau.networks.models import device_of
 from ibau.networks.predict import predict
 from ibau.networks.seeding import seeded
-from ibau.networks.training import PRECISIONS, TrainSettings, train
+from ibau.networks.training import PRECISIONS, TrainSettings, Watch, train
 
 SAMPLES = 8  # of a class's perturbations that worked, the newest: patching stamps with them
 
@@ -66,9 +69,7 @@ class DeepInspectSettings:
     gamma: float = 0.0  # |G|_1 that costs nothing: sum over pixels and channels
     success: float = 0.95  # share of images a working perturbation sends to its class (the paper's)
     weight: float = 3e-3  # gamma2 once a perturbation works
-    factor: float = (
-        2.0  # gamma2 times this after `patience` steps of success in a row, / factor^1.5 of failure
-    )
+    factor: float = 2.0  # gamma2 times this after `patience` successes in a row, / factor^1.5 after failures
     patience: int = 5  # steps
     unflagged: str = "leave"  # where no class is flagged: leave the model, or patch the "smallest"
     stamped: float = 0.5  # share of the inverted images that carry a perturbation while patching
@@ -86,6 +87,22 @@ class DeepInspectSettings:
             raise ValueError(f"image_size is {self.image_size}; it must be a multiple of 4")
         one_of(self, "unflagged", POLICIES)
         one_of(self, "precision", PRECISIONS)
+
+    @property
+    def work(self) -> int:
+        """What its time is proportional to: images that are inverted or perturbed, step by step, a class."""
+        return self.inverted * self.inversion_steps + self.batch_size * self.steps
+
+    def scaled(self, share: float) -> "DeepInspectSettings":
+        """The same with this share of the work: fewer images in fewer steps, by the same factor."""
+        by = math.sqrt(share)
+        return replace(
+            self,
+            inverted=max(5, round(by * self.inverted)),
+            inversion_steps=max(15, round(by * self.inversion_steps)),
+            batch_size=max(2, round(by * self.batch_size)),
+            steps=max(30, round(by * self.steps)),
+        )
 
     @classmethod
     def quick(cls, **other) -> "DeepInspectSettings":
@@ -122,7 +139,6 @@ class Generator(nn.Module):
         return self.grow(self.stem(code).view(-1, 64, self.side, self.side))
 
 
-@torch.enable_grad()
 def invert(
     classify: Classify, num_classes: int, settings: DeepInspectSettings, device, seed: int
 ) -> ImageSet:
@@ -151,54 +167,32 @@ def invert(
     return ImageSet(*(torch.cat(parts) for parts in zip(*done, strict=True)))
 
 
-def perturb(x: Tensor, delta: Tensor) -> Tensor:
-    """clip(x + delta): images (B, 3, H, W) under c perturbations (c, 3, H, W) -> (c, B, 3, H, W)"""
-    return (x[None] + delta[:, None]).clamp(0, 1)
-
-
 def objective(
     classify: Classify, x: Tensor, delta: Tensor, t: Tensor, gamma1: float, gamma2: Tensor, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """The generator's loss for each of c perturbations, and the share of images it sends to t: (c,), (c,)"""
-    c, size = len(t), len(x)
-    logits = classify(perturb(x, delta).flatten(0, 1))
-    targets = t.repeat_interleave(size)
-    likelihood = -F.cross_entropy(logits, targets, reduction="none").view(c, size)
-    gan = (likelihood.exp() - 1).square().mean(1)
+    """The generator's loss for each of c perturbations of images (B, 3, H, W), and its success: (c,), (c,)"""
+    loss, hits = fooled(classify, (x[None] + delta[:, None]).clamp(0, 1), t)
+    gan = ((-loss).exp() - 1).square().mean(1)
     norm = (delta.abs().sum((1, 2, 3)) - gamma).clamp_min(0)
-    hits = (logits.argmax(1) == targets).view(c, size).float().mean(1)
-    return -likelihood.mean(1) + gamma1 * gan + gamma2 * norm, hits
+    return loss.mean(1) + gamma1 * gan + gamma2 * norm, hits
 
 
-@dataclass(frozen=True, eq=False)
-class Perturbations:
-    """What the generator found for each class.
+class Perturbations(NamedTuple):
+    """What the generator found for each class; the last one tried stands in where none worked."""
 
-    smallest  (classes, 3, H, W) in [-1, 1]: the least in |.|_1 of those that worked
-    samples   for each class up to SAMPLES of the newest that worked, (s, 3, H, W)
-    norms     (classes,): |smallest|_1, over pixels and channels
-    found     (classes,) bool: whether any worked; the last one tried stands in where none did
-    history   one dict a step: mean |G|_1 and success over the classes
-    """
-
-    smallest: Tensor
-    samples: list[Tensor]
-    norms: Tensor
-    found: Tensor
-    history: list[dict]
+    smallest: Tensor  # (classes, 3, H, W) in [-1, 1]: the least in |.|_1 of those that worked
+    samples: list[Tensor]  # for each class up to SAMPLES of the newest that worked, (s, 3, H, W)
+    norms: Tensor  # (classes,): |smallest|_1, over pixels and channels
+    found: Tensor  # (classes,) bool: whether any worked
+    history: list[dict]  # one dict a step: mean |G|_1 and success over the classes
 
 
 def inspect(
-    classify: Classify,
-    images: Tensor,
-    num_classes: int,
-    settings: DeepInspectSettings,
-    *,
-    seed: int,
-    progress: bool = False,
+    classify: Classify, inverted: ImageSet, settings: DeepInspectSettings, seed: int, progress: bool
 ) -> Perturbations:
-    """Train G on `images`; every step shows each of them every class's perturbation, from one z a class."""
-    s, device = settings, images.device
+    """Train G on inverted images; each step shows some of them every perturbation, from one z a class."""
+    s, images, device = settings, inverted.images, inverted.images.device
+    num_classes = int(inverted.labels.max()) + 1
     random = torch.Generator().manual_seed(seed)
     with seeded(seed):
         generator = Generator(num_classes, s.noise, s.image_size).to(device)
@@ -206,38 +200,31 @@ def inspect(
     schedules = [Schedule(s) for _ in range(num_classes)]
     targets = torch.arange(num_classes, device=device)
     smallest, samples, history = torch.zeros(num_classes, *images.shape[1:]), [[] for _ in targets], []
-    for step in tqdm(range(s.steps), desc="DeepInspect", unit="step", disable=not progress):
+    for step in tqdm(range(1, s.steps + 1), desc="DeepInspect", unit="step", disable=not progress):
         x = images[torch.randint(len(images), (s.batch_size,), generator=random)]
         z = torch.randn(num_classes, s.noise, generator=random).to(device)
-        with torch.enable_grad():
-            delta = generator(z, targets)
-            gamma2 = torch.tensor([schedule.weight for schedule in schedules], device=device)
-            asr, gradient = _pass(classify, x, delta.detach(), targets, gamma2, s)
-            optimizer.zero_grad()
-            delta.backward(gradient)
-            optimizer.step()
-        tried = delta.detach().cpu()
+        delta = generator(z, targets)
+        gamma2 = torch.tensor([schedule.weight for schedule in schedules], device=device)
+        shares, gradients = [], []
+        for part in torch.arange(num_classes, device=device).split(max(1, CHUNK // len(x))):
+            mine = delta.detach()[part].requires_grad_()
+            loss, hits = objective(classify, x, mine, targets[part], s.gamma1, gamma2[part], s.gamma)
+            gradients += torch.autograd.grad(loss.sum(), mine)
+            shares.append(hits.cpu())
+        optimizer.zero_grad()
+        delta.backward(torch.cat(gradients))
+        optimizer.step()
+        tried, asr = delta.detach().cpu(), torch.cat(shares)
         norms = tried.abs().sum((1, 2, 3))
         for t, (share, norm) in enumerate(zip(asr.tolist(), norms.tolist(), strict=True)):
             if schedules[t].record(share, norm) or schedules[t].best == math.inf:
                 smallest[t] = tried[t]
             if share >= s.success:
                 samples[t] = [*samples[t][1 - SAMPLES :], tried[t]]
-        history.append({"step": step + 1, "norm": norms.mean().item(), "asr": asr.mean().item()})
+        history.append({"step": step, "norm": norms.mean().item(), "asr": asr.mean().item()})
     samples = [torch.stack(some or [last]) for some, last in zip(samples, smallest, strict=True)]
     found = torch.tensor([schedule.best < math.inf for schedule in schedules])
     return Perturbations(smallest, samples, smallest.abs().sum((1, 2, 3)), found, history)
-
-
-def _pass(classify, x, delta, targets, gamma2, s) -> tuple[Tensor, Tensor]:
-    """The classes' ASR, and the gradient of their losses by the perturbations; in chunks."""
-    shares, gradients = [], []
-    for part in torch.arange(len(targets), device=x.device).split(max(1, CHUNK // len(x))):
-        mine = delta[part].requires_grad_()
-        loss, asr = objective(classify, x, mine, targets[part], s.gamma1, gamma2[part], s.gamma)
-        gradients += torch.autograd.grad(loss.sum(), mine)
-        shares.append(asr.cpu())
-    return torch.cat(shares), torch.cat(gradients)
 
 
 def small_side_indices(sizes: Tensor) -> Tensor:
@@ -250,23 +237,20 @@ def small_side_indices(sizes: Tensor) -> Tensor:
     return torch.where(below <= 0, 0.0, below / spread)
 
 
-class Still(nn.Module):
+class Still(nn.Sequential):
     """A model that stays in evaluation mode while it is trained: BatchNorm's statistics and dropout rest."""
 
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model.eval()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
-
     def train(self, mode: bool = True):
-        self.training = mode
-        return self
+        return super().train(False)
 
 
 def patch(
-    model: nn.Module, inverted: ImageSet, samples: list[Tensor], settings: DeepInspectSettings, *, seed: int
+    model: nn.Module,
+    inverted: ImageSet,
+    samples: list[Tensor],
+    settings: DeepInspectSettings,
+    seed: int,
+    watch: Watch | None,
 ) -> nn.Module:
     """Fine-tune a copy on inverted images, a share of which carry one of the perturbations, own labels kept.
 
@@ -278,24 +262,20 @@ def patch(
     which = torch.randint(len(pool), (len(order),), generator=random)
     images[order] = (images[order] + pool[which]).clamp(0, 1)
     cleaned = copy.deepcopy(model).requires_grad_(True)
-    tuning = TrainSettings(
-        epochs=settings.patch_epochs,
-        batch_size=settings.batch_size,
-        lr=settings.patch_lr,
-        schedule="constant",
-        precision=settings.precision,
-    )
-    train(Still(cleaned), ImageSet(images, inverted.labels), tuning, seed=seed)
+    epochs, precision = settings.patch_epochs, settings.precision
+    tuning = TrainSettings(epochs, settings.batch_size, settings.patch_lr, "constant", precision=precision)
+    train(Still(cleaned), ImageSet(images, inverted.labels), tuning, seed=seed, watch=watch)
     return cleaned.to(memory_format=torch.contiguous_format)
 
 
 def deepinspect(
     model: nn.Module,
-    data: None = None,
+    data: None,
     *,
-    settings: DeepInspectSettings = DeepInspectSettings(),
+    settings: DeepInspectSettings,
     seed: int = 0,
     progress: bool = False,
+    watch: Watch | None = None,
 ) -> Defended:
     """Invert images, learn every class's perturbation, flag the classes that need outlying little, patch.
 
@@ -309,38 +289,32 @@ def deepinspect(
     """
     device = device_of(model)
     classify = frozen(model, settings.precision)
-    num_classes = _count_classes(classify, settings.image_size, device)
+    blank = torch.zeros(1, 3, settings.image_size, settings.image_size, device=device)
+    try:
+        with torch.no_grad():
+            num_classes = classify(blank).shape[1]
+    except RuntimeError as error:
+        raise ValueError(f"the model takes no images of image_size {settings.image_size}: {error}") from None
     inverted = invert(classify, num_classes, settings, device, seed)
-    found = inspect(classify, inverted.images, num_classes, settings, seed=seed, progress=progress)
+    found = inspect(classify, inverted, settings, seed, progress)
     indices = small_side_indices(found.norms)
     odd = ((indices > SUSPICIOUS) & found.found).nonzero().flatten().tolist()
     chosen, decision = decide(odd, found.norms, settings.unflagged)
     cleaned = copy.deepcopy(model)
     if chosen:
-        cleaned = patch(model, inverted, [found.samples[t] for t in chosen], settings, seed=seed)
-    about = [
-        {
-            "class": t,
-            "norm": found.norms[t].item(),
-            "anomaly_index": indices[t].item(),
-            "flagged": t in odd,
-            "found": bool(found.found[t]),
-        }
-        for t in range(num_classes)
-    ]
+        cleaned = patch(model, inverted, [found.samples[t] for t in chosen], settings, seed, watch)
+    about = {
+        "class": list(range(num_classes)),
+        "norm": found.norms,
+        "anomaly_index": indices,
+        "flagged": [t in odd for t in range(num_classes)],
+        "found": found.found,
+    }
     evidence = {
-        "classes": about,
+        "classes": rows(about),
         "decision": decision,
         "patched": chosen,
         "inverted_acc": (predict(model, inverted.images) == inverted.labels.cpu()).float().mean().item(),
     }
     tensors = {"perturbations": found.smallest, "inverted": inverted.images[:num_classes].cpu()}
     return Defended(cleaned.eval(), found.history, evidence, tensors)
-
-
-@torch.no_grad()
-def _count_classes(classify: Classify, image_size: int, device: torch.device) -> int:
-    try:
-        return classify(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
-    except RuntimeError as error:
-        raise ValueError(f"the model takes no images of image_size {image_size}: {error}") from None

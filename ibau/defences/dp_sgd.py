@@ -10,7 +10,6 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from ibau.checks import one_of, positive, within
 from ibau.data.images import ImageSet
 from ibau.defences.base import Defended
 from ibau.networks.models import device_of
-from ibau.networks.training import AUGMENTS, TrainingError, augmented, to_float
+from ibau.networks.training import AUGMENTS, TrainingError, Watch, augmented, look, to_float
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,13 @@ class DPSGDSettings:
 
 
 def dp_sgd(
-    model: nn.Module, data: ImageSet, *, settings: DPSGDSettings, seed: int = 0, progress: bool = False
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    settings: DPSGDSettings,
+    seed: int = 0,
+    progress: bool = False,
+    watch: Watch | None = None,
 ) -> Defended:
     """Train a new model of the architecture of `model` on the attacker's images; its weights are not used.
 
@@ -86,30 +91,29 @@ def dp_sgd(
         raise ValueError(f"batch_size is {settings.batch_size}; there are {len(data)} images")
     model = afresh(with_group_norm(model, settings.groups))
     optimizer = torch.optim.SGD(model.parameters(), settings.lr, settings.momentum)
-    if settings.clip < math.inf:
-        step, unwrap = _private(model, optimizer, settings)
-    else:
-        step, unwrap = partial(_plain_step, model, optimizer, settings), lambda: None
+    make = _private if settings.clip < math.inf else _plain
+    step, unwrap = make(model, optimizer, settings)
     device = device_of(model)
     images, labels = data.images.to(device), data.labels.to(device)
     rate = settings.batch_size / len(images)
     steps = round(1 / rate)
+    in_all = steps * settings.epochs
     generator = torch.Generator().manual_seed(seed)  # the control draws the same batches
-    history, taken = [], 0
+    history = []
     bar = tqdm(range(1, settings.epochs + 1), desc="DP-SGD", unit="epoch", disable=not progress)
     model.train()
     for epoch in bar:
         loss, hits, seen = 0.0, 0, 0
-        for _ in range(steps):
+        for taken in range((epoch - 1) * steps, epoch * steps):
             for group in optimizer.param_groups:
-                group["lr"] = settings.lr / 2 * (1 + math.cos(math.pi * taken / (steps * settings.epochs)))
+                group["lr"] = settings.lr / 2 * (1 + math.cos(math.pi * taken / in_all))
             batch = (torch.rand(len(images), generator=generator) < rate).nonzero().flatten().to(device)
-            taken += 1
             if len(batch) == 0:
                 continue
             x = augmented(to_float(images[batch]), settings.augment)
             batch_loss, batch_hits = step(x, labels[batch])
             loss, hits, seen = loss + batch_loss, hits + batch_hits, seen + len(batch)
+            look(watch, model, taken, in_all)
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss became {loss} in epoch {epoch}; try a lower rate than lr={settings.lr:g}"
@@ -118,12 +122,12 @@ def dp_sgd(
         bar.set_postfix(accuracy=f"{history[-1]['accuracy']:.1%}")
     unwrap()
     evidence = {
-        "epsilon": epsilon(settings.noise, rate, taken, 1 / len(data)) if settings.noise else None,
+        "epsilon": epsilon(settings.noise, rate, in_all, 1 / len(data)) if settings.noise else None,
         "delta": 1 / len(data),
         "noise": settings.noise,
         "clip": settings.clip if settings.clip < math.inf else None,
         "sample_rate": rate,
-        "steps": taken,
+        "steps": in_all,
         "images": len(data),
     }
     return Defended(model.eval(), history, evidence)
@@ -171,12 +175,8 @@ def _private(model: nn.Module, optimizer, settings: DPSGDSettings):
     """(a function that takes a private step, one that takes opacus's hooks off the model again)"""
     opacus = _opacus()
     hooked = opacus.GradSampleModule(model)
-    private = opacus.optimizers.DPOptimizer(
-        optimizer,
-        noise_multiplier=settings.noise,
-        max_grad_norm=settings.clip,
-        expected_batch_size=settings.batch_size,
-    )
+    how = {"noise_multiplier": settings.noise, "max_grad_norm": settings.clip}
+    private = opacus.optimizers.DPOptimizer(optimizer, expected_batch_size=settings.batch_size, **how)
 
     def step(images: Tensor, labels: Tensor) -> tuple[float, int]:
         """One step on a batch of any size; returns the sum of its losses and the right answers in it."""
@@ -197,16 +197,18 @@ def _private(model: nn.Module, optimizer, settings: DPSGDSettings):
     return step, hooked.to_standard_module
 
 
-def _plain_step(
-    model, optimizer, settings: DPSGDSettings, images: Tensor, labels: Tensor
-) -> tuple[float, int]:
-    """The same step without clipping and noise."""
-    logits = model(images)
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    optimizer.zero_grad()
-    (loss / settings.batch_size).backward()
-    optimizer.step()
-    return loss.item(), (logits.argmax(1) == labels).sum().item()
+def _plain(model: nn.Module, optimizer, settings: DPSGDSettings):
+    """As `_private`, without clipping and noise."""
+
+    def step(images: Tensor, labels: Tensor) -> tuple[float, int]:
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        optimizer.zero_grad()
+        (loss / settings.batch_size).backward()
+        optimizer.step()
+        return loss.item(), (logits.argmax(1) == labels).sum().item()
+
+    return step, lambda: None
 
 
 def _opacus():

@@ -1,6 +1,6 @@
 """Fine-Pruning: cut off the channels clean images leave idle, then fine-tune (Liu et al., RAID 2018)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,10 @@ from tqdm import tqdm
 from ibau.checks import within
 from ibau.data.images import ImageSet
 from ibau.defences.base import Defended
-from ibau.defences.finetune import clean_split, held_out_accuracy
+from ibau.defences.finetune import clean_split, held_out_accuracy, scaled_epochs
+from ibau.defences.nad import outputs_of
 from ibau.networks.models import device_of
-from ibau.networks.training import TrainSettings, to_float, train
+from ibau.networks.training import TrainSettings, Watch, look, to_float, train
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,24 @@ class FinePruningSettings:
         """A budget of minutes on a CPU: 8 of the 20 epochs of fine-tuning; pruning is as published."""
         return cls(training=TrainSettings(epochs=8, batch_size=64, augment="crop-flip"))
 
+    @property
+    def work(self) -> int:
+        """What its time is proportional to, but for the pruning."""
+        return self.training.epochs
+
+    def scaled(self, share: float) -> "FinePruningSettings":
+        """The same with this share of the epochs; pruning goes as far as ever."""
+        return replace(self, training=scaled_epochs(self.training, share))
+
 
 def fine_pruning(
-    model: nn.Module, data: ImageSet, *, settings: FinePruningSettings, seed: int = 0, progress: bool = False
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    settings: FinePruningSettings,
+    seed: int = 0,
+    progress: bool = False,
+    watch: Watch | None = None,
 ) -> Defended:
     """Prune `model`, which is changed, and fine-tune it on the clean images but for the held-out ones.
 
@@ -64,11 +80,13 @@ def fine_pruning(
         if before - curve[-1]["held_out_acc"] > settings.tolerance + 1e-9:  # 0.95 - 0.91 is not quite 0.04
             break
         pruned = count
+        look(watch, model, count - 1, len(order))
     with torch.no_grad():
         reader.weight.copy_(original)
     keep = prune(reader, order[:pruned], len(order))
     frozen = reader.weight.register_hook(lambda gradient: gradient * keep)
-    history = train(model, learnt, settings.training, seed=seed, progress="fine-tuning" if progress else None)
+    label = "fine-tuning" if progress else None
+    history = train(model, learnt, settings.training, seed=seed, progress=label, watch=watch)
     frozen.remove()
     evidence = {
         "layer": next(name for name, module in model.named_modules() if module is reader),
@@ -107,29 +125,19 @@ def last_channels(model: nn.Module, images: Tensor, batch_size: int = 500) -> tu
     after the last convolution; the channels are those of the last maps (N, channels, height, width) before
     it, behind normalisation, activation and pooling. Raises ValueError where there is no such layer.
     """
-    device, calls = device_of(model), []
-    hooks = [
-        module.register_forward_hook(lambda m, inputs, output: calls.append((m, inputs[0].shape, output)))
-        for module in model.modules()
-        if not list(module.children())
-    ]
-    model(to_float(images[:2].to(device)))
-    for hook in hooks:
-        hook.remove()
-    last = max((i for i, (m, *_) in enumerate(calls) if isinstance(m, nn.Conv2d)), default=len(calls))
-    readers = [
-        i
-        for i, (m, shape, _) in enumerate(calls)
-        if i > last and isinstance(m, nn.Linear) and len(shape) == 2
-    ]
+    device = device_of(model)
+    modules = {name: module for name, module in model.named_modules() if not list(module.children())}
+    with outputs_of(model, tuple(modules)) as found:
+        model(to_float(images[:2].to(device)))
+    calls = [(modules[name], output) for name, output in found.items()]
+    last = max((i for i, (m, _) in enumerate(calls) if isinstance(m, nn.Conv2d)), default=len(calls))
+    readers = [i for i, (m, x) in enumerate(calls) if i > last and isinstance(m, nn.Linear) and x.dim() == 2]
     if not readers:
         raise ValueError(
             "fine-pruning needs a linear layer that reads the last convolution; the model has none"
         )
-    reader = calls[readers[0]][0]
-    channels = [x.shape[1] for *_, x in calls[last : readers[0]] if isinstance(x, Tensor) and x.dim() == 4][
-        -1
-    ]
+    reader, before = calls[readers[0]][0], calls[last : readers[0]]
+    channels = [x.shape[1] for _, x in before if isinstance(x, Tensor) and x.dim() == 4][-1]
     if reader.in_features % channels:
         raise ValueError(f"a layer of {reader.in_features} inputs cannot read {channels} channels")
     total = torch.zeros(reader.in_features, device=device)

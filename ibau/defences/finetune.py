@@ -1,13 +1,13 @@
 """Plain fine-tuning on the clean set: what every other defence must beat."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ibau.data.images import ImageSet
 from ibau.defences.base import Defended, hold_out
 from ibau.networks.predict import predict
-from ibau.networks.training import TrainSettings, train
+from ibau.networks.training import TrainSettings, Watch, train
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,29 @@ class FinetuneSettings:
         """A budget of minutes on a CPU: 10 of the 20 epochs."""
         return cls(TrainSettings(epochs=10, batch_size=64, augment="crop-flip"))
 
+    @property
+    def work(self) -> int:
+        """What its time is proportional to."""
+        return self.training.epochs
+
+    def scaled(self, share: float) -> "FinetuneSettings":
+        """The same with this share of the epochs."""
+        return replace(self, training=scaled_epochs(self.training, share))
+
+
+def scaled_epochs(training: TrainSettings, share: float) -> TrainSettings:
+    """The same schedule with this share of its epochs, at least one."""
+    return replace(training, epochs=max(1, round(share * training.epochs)))
+
 
 def finetune(
-    model: nn.Module, data: ImageSet, *, settings: FinetuneSettings, seed: int = 0, progress: bool = False
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    settings: FinetuneSettings,
+    seed: int = 0,
+    progress: bool = False,
+    watch: Watch | None = None,
 ) -> Defended:
     """Train `model`, which is changed, on the clean images but for the held-out ones.
 
@@ -41,7 +61,8 @@ def finetune(
     """
     learnt, watched = clean_split(model, data, settings.held_out, seed)
     before = held_out_accuracy(model, watched)
-    history = train(model, learnt, settings.training, seed=seed, progress="fine-tuning" if progress else None)
+    label = "fine-tuning" if progress else None
+    history = train(model, learnt, settings.training, seed=seed, progress=label, watch=watch)
     evidence = {
         "held_out_images": len(watched),
         "held_out_acc_before": before,

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from ibau.defences.base import Defended, hold_out
 from ibau.measure.intervals import wilson
 from ibau.networks.models import device_of
 from ibau.networks.predict import predict
-from ibau.networks.training import PRECISIONS, TrainSettings, autocast, to_float, train
+from ibau.networks.training import PRECISIONS, TrainSettings, Watch, autocast, to_float, train
 
 POLICIES = ("leave", "smallest")
 CHUNK = 320  # images a forward pass: more gain nothing on a CPU and cost memory
@@ -48,9 +49,7 @@ class ReverseSettings:
     lr: float = 0.1  # of Adam, betas (0.5, 0.9), in the space before tanh
     success: float = 0.99  # share of a step's images a working trigger sends to its class
     weight: float = 1e-3  # lambda: what the penalty weighs once a trigger works
-    factor: float = (
-        2.0  # lambda times this after `patience` steps of success in a row, / factor^1.5 of failure
-    )
+    factor: float = 2.0  # lambda times this after `patience` successes in a row, / factor^1.5 after failures
     patience: int = 5  # steps
     stop_after: int = 25  # steps without a smaller working trigger, lambda having been raised and lowered
     held_out: float = 0.1  # share of the clean images, at most 500, that only watches
@@ -71,26 +70,42 @@ class ReverseSettings:
         one_of(self, "unflagged", POLICIES)
         one_of(self, "precision", PRECISIONS)
 
+    @property
+    def work(self) -> int:
+        """What its time is proportional to: images that the search sees, a class."""
+        return self.steps * self.batches * self.batch_size
 
-@dataclass(frozen=True, eq=False)
-class Triggers:
-    """One reversed trigger a class, in the order of `classes`.
+    def scaled(self, share: float):
+        """The same with this share of the images: first fewer batches a step, then smaller ones, then steps.
 
-    masks     (c, 1, H, W) in [0, 1]
-    patterns  (c, 3, H, W) in [0, 1]
-    norms     (c,): |m|_1, in pixels
-    found     (c,) bool: whether it ever reached the wanted success; the last one tried where it did not
-    steps     (c,) int64: how long its search took
-    history   one dict a step: classes still searched, their mean |m|_1 and ASR
-    """
+        A batch keeps 8 images at least, and the search 30 steps, after which it may stop by itself.
+        """
+        batches = max(1, round(share * self.batches))
+        batch_size = min(self.batch_size, max(8, round(share * self.batches * self.batch_size)))
+        steps = round(share * self.work / (batches * batch_size))
+        return replace(self, batches=batches, batch_size=batch_size, steps=max(30, steps))
+
+    @classmethod
+    def quick(cls, **other):
+        """A budget of half a minute for ten classes on one core."""
+        return cls(**{"steps": 150, "batches": 1, "batch_size": 16, "patch_epochs": 5, **other})
+
+    @classmethod
+    def desk(cls, **other):
+        """Minutes on a CPU for ten or 43 classes: 300 of the 1,000 steps, of 8 images each and not of 992."""
+        return cls.quick(**{"steps": 300, "batch_size": 8, "patch_epochs": 1, **other})
+
+
+class Triggers(NamedTuple):
+    """One reversed trigger a class, in the order of `classes`; the last one tried where none worked."""
 
     classes: list[int]
-    masks: Tensor
-    patterns: Tensor
-    norms: Tensor
-    found: Tensor
-    steps: Tensor
-    history: list[dict]
+    masks: Tensor  # (c, 1, H, W) in [0, 1]
+    patterns: Tensor  # (c, 3, H, W) in [0, 1]
+    norms: Tensor  # (c,): |m|_1, in pixels
+    found: Tensor  # (c,) bool: whether it ever reached the wanted success
+    steps: Tensor  # (c,) int64: how long its search took
+    history: list[dict]  # one dict a step: classes still searched, their mean |m|_1 and ASR
 
 
 def stamp(x: Tensor, m: Tensor, delta: Tensor) -> Tensor:
@@ -98,12 +113,12 @@ def stamp(x: Tensor, m: Tensor, delta: Tensor) -> Tensor:
     return torch.lerp(x[None], delta[:, None], m[:, None])
 
 
-def fooled(classify: Classify, x: Tensor, m: Tensor, delta: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each of c triggers the mean CE(f((1 - m) x + m Delta), t) and the share sent to t: (c,), (c,)"""
-    c, size = len(t), len(x)
-    logits = classify(stamp(x, m, delta).flatten(0, 1))
+def fooled(classify: Classify, stamped: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (c, B, 3, H, W) under c triggers -> CE(f(x), t) of each, (c, B); the share sent to t, (c,)"""
+    c, size = stamped.shape[:2]
+    logits = classify(stamped.flatten(0, 1))
     targets = t.repeat_interleave(size)
-    loss = F.cross_entropy(logits, targets, reduction="none").view(c, size).mean(1)
+    loss = F.cross_entropy(logits, targets, reduction="none").view(c, size)
     return loss, (logits.argmax(1) == targets).view(c, size).float().mean(1)
 
 
@@ -164,8 +179,7 @@ def reverse(
     classes: list[int],
     settings: ReverseSettings,
     objective: Objective,
-    *,
-    seed: int = 0,
+    seed: int,
     progress: str | None = None,
 ) -> Triggers:
     """For each of `classes` the smallest trigger that sends images to it.
@@ -173,34 +187,40 @@ def reverse(
     A class's first trigger depends on `seed` and the class, the images of a step on `seed` and the step: so a
     class finds the same whether it is searched with others or alone. `data` lies where `classify` computes.
     """
-    w = torch.stack([_first_trigger(data.images.shape[1:], seed, t) for t in classes])
+    w = torch.stack([_first_trigger(data.images.shape[2:], seed, t) for t in classes])
     w = w.to(data.images.device).requires_grad_()  # (c, 4, H, W): the mask and the pattern before tanh
     targets = torch.tensor(classes, device=w.device)
     optimizer = torch.optim.Adam([w], lr=settings.lr, betas=(0.5, 0.9))
     random = torch.Generator().manual_seed(seed)
     schedules = [Schedule(settings) for _ in classes]
     best, taken, history = w.detach().clone(), torch.zeros(len(classes), dtype=torch.int64), []
-    bar = tqdm(total=settings.steps, desc=progress, unit="step", disable=not progress)
-    with bar, torch.enable_grad():
-        for step in range(settings.steps):
-            active = [i for i, schedule in enumerate(schedules) if not schedule.over]
-            if not active:
-                break
-            asr = torch.zeros(len(active))
-            for _ in range(settings.batches):
-                chosen = torch.randint(len(data), (settings.batch_size,), generator=random)
-                x, y = to_float(data.images[chosen]), data.labels[chosen]
-                asr += _update(classify, x, y, w, targets, active, schedules, optimizer, objective)
-            asr /= settings.batches
-            norms = _norms(w)[active]
-            for i, share, norm in zip(active, asr.tolist(), norms.tolist(), strict=True):
-                taken[i] = step + 1
-                if schedules[i].record(share, norm) or schedules[i].best == math.inf:
-                    best[i] = w.detach()[i]
-            mean = {"asr": asr.mean().item(), "norm": norms.mean().item()}
-            history.append({"step": step + 1, "classes": len(active), **mean})
-            bar.set_postfix(classes=len(active), norm=f"{mean['norm']:.1f}")
-            bar.update()
+    bar = tqdm(range(1, settings.steps + 1), desc=progress, unit="step", disable=not progress)
+    for step in bar:
+        active = [i for i, schedule in enumerate(schedules) if not schedule.over]
+        if not active:
+            break
+        weights = torch.tensor([schedule.weight for schedule in schedules], dtype=w.dtype, device=w.device)
+        asr = torch.zeros(len(active))
+        for _ in range(settings.batches):
+            chosen = torch.randint(len(data), (settings.batch_size,), generator=random)
+            x, y = to_float(data.images[chosen]), data.labels[chosen]
+            optimizer.zero_grad()
+            shares = []
+            for part in torch.tensor(active, device=w.device).split(max(1, CHUNK // len(x))):
+                loss, hits = objective(classify, x, y, *_trigger(w[part]), targets[part], weights[part])
+                loss.sum().backward()
+                shares.append(hits.detach().cpu())
+            optimizer.step()
+            asr += torch.cat(shares)
+        asr /= settings.batches
+        norms = _trigger(w.detach())[0].sum((1, 2, 3)).cpu()[active]
+        for i, share, norm in zip(active, asr.tolist(), norms.tolist(), strict=True):
+            taken[i] = step
+            if schedules[i].record(share, norm) or schedules[i].best == math.inf:
+                best[i] = w.detach()[i]
+        mean = {"asr": asr.mean().item(), "norm": norms.mean().item()}
+        history.append({"step": step, "classes": len(active), **mean})
+        bar.set_postfix(classes=len(active), norm=f"{mean['norm']:.1f}")
     masks, patterns = (part.cpu() for part in _trigger(best))
     found = torch.tensor([schedule.best < math.inf for schedule in schedules])
     return Triggers(classes, masks, patterns, masks.sum((1, 2, 3)), found, taken, history)
@@ -208,30 +228,13 @@ def reverse(
 
 def _first_trigger(shape: tuple[int, ...], seed: int, t: int) -> Tensor:
     """A mask and a pattern, uniform in [0, 1], as they are before tanh: (4, H, W)."""
-    u = torch.rand(4, *shape[1:], generator=torch.Generator().manual_seed(seed * 100_003 + t))
+    u = torch.rand(4, *shape, generator=torch.Generator().manual_seed(seed * 100_003 + t))
     return torch.atanh((2 * u - 1) * (1 - 1e-6))
 
 
 def _trigger(w: Tensor) -> tuple[Tensor, Tensor]:
     """m (c, 1, H, W) and Delta (c, 3, H, W), in [0, 1]."""
     return (w.tanh() / 2 + 0.5).split((1, 3), dim=1)
-
-
-def _norms(w: Tensor) -> Tensor:
-    return _trigger(w.detach())[0].sum((1, 2, 3)).cpu()
-
-
-def _update(classify, x, y, w, targets, active, schedules, optimizer, objective) -> Tensor:
-    """One step of Adam for the active classes, in chunks; their ASR before it."""
-    weights = torch.tensor([schedule.weight for schedule in schedules], dtype=w.dtype, device=w.device)
-    optimizer.zero_grad()
-    shares = []
-    for part in torch.tensor(active, device=w.device).split(max(1, CHUNK // len(x))):
-        loss, asr = objective(classify, x, y, *_trigger(w[part]), targets[part], weights[part])
-        loss.sum().backward()
-        shares.append(asr.detach().cpu())
-    optimizer.step()
-    return torch.cat(shares)
 
 
 def anomaly_indices(sizes: Tensor) -> Tensor:
@@ -254,6 +257,12 @@ def decide(odd: list[int], sizes: Tensor, unflagged: str) -> tuple[list[int], st
     if unflagged == "leave":
         return [], "none flagged, model left as it was"
     return [int(sizes.argmin())], "none flagged, smallest patched"
+
+
+def rows(columns: dict[str, Tensor | list]) -> list[dict]:
+    """One dict of plain values a class, from columns of one entry a class."""
+    values = zip(*(torch.as_tensor(column).tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in values]
 
 
 @torch.no_grad()
@@ -279,13 +288,9 @@ def stamp_some(data: ImageSet, masks: Tensor, patterns: Tensor, share: float, se
     for i, (m, delta) in enumerate(zip(masks, patterns, strict=True)):
         mine = chosen[i :: len(masks)]
         stamped = stamp(to_float(data.images[mine]), m[None].to(images.device), delta[None].to(images.device))
-        images[mine] = _as(stamped[0], images.dtype)
+        whole = images.dtype == torch.uint8  # grey levels
+        images[mine] = (stamped[0].mul(255).round() if whole else stamped[0]).to(images.dtype)
     return ImageSet(images, data.labels)
-
-
-def _as(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images in [0, 1] as `dtype`; uint8 is rounded to whole grey levels."""
-    return images.mul(255).round().to(dtype) if dtype == torch.uint8 else images.to(dtype)
 
 
 def patch(
@@ -295,8 +300,8 @@ def patch(
     masks: Tensor,
     patterns: Tensor,
     settings: ReverseSettings,
-    *,
-    seed: int = 0,
+    seed: int,
+    watch: Watch | None = None,
 ) -> tuple[nn.Module, list[dict]]:
     """Neural Cleanse's unlearning: fine-tune a copy on images; some carry a trigger, all their own label.
 
@@ -304,15 +309,14 @@ def patch(
     images, half of the count with a trigger and half without. Returns the copy, and one dict a rate.
     """
     tuned_on = stamp_some(data, masks, patterns, settings.stamped, seed)
-    watched = [held_out] + [
-        stamp_some(held_out, m[None], delta[None], 1.0, seed)
-        for m, delta in zip(masks, patterns, strict=True)
-    ]
-    tuning = TrainSettings(settings.patch_epochs, settings.patch_batch_size)
+    pairs = zip(masks.split(1), patterns.split(1), strict=True)
+    watched = [held_out, *(stamp_some(held_out, m, delta, 1.0, seed) for m, delta in pairs)]
     tried, candidates = [], []
     for lr in settings.patch_lrs:
         candidate = copy.deepcopy(model).requires_grad_(True)
-        train(candidate, tuned_on, replace(tuning, lr=lr, precision=settings.precision), seed=seed)
+        epochs, batch_size = settings.patch_epochs, settings.patch_batch_size
+        tuning = TrainSettings(epochs, batch_size, lr, precision=settings.precision)
+        train(candidate, tuned_on, tuning, seed=seed, watch=watch)
         acc, *robust = [
             (predict(candidate, part.images) == part.labels.cpu()).float().mean().item() for part in watched
         ]
@@ -349,6 +353,7 @@ def cleanse(
     settings: ReverseSettings,
     seed: int,
     progress: bool,
+    watch: Watch | None,
 ) -> Defended:
     """Reverse a trigger for every class, flag the classes whose `score` is an outlier, patch their triggers.
 
@@ -370,8 +375,7 @@ def cleanse(
     classify = frozen(model, settings.precision)
     with torch.no_grad():
         classes = list(range(classify(to_float(held_out.images[:1])).shape[1]))
-    label = label if progress else None
-    triggers = reverse(classify, learned, classes, settings, objective, seed=seed, progress=label)
+    triggers = reverse(classify, learned, classes, settings, objective, seed, label if progress else None)
     asr = success_rates(classify, held_out, triggers)
     sizes = score(classify, held_out, triggers, asr)
     indices = anomaly_indices(sizes)
@@ -380,20 +384,17 @@ def cleanse(
     cleaned, patching = copy.deepcopy(model), []
     if chosen:
         masks, patterns = triggers.masks[chosen], triggers.patterns[chosen]
-        cleaned, patching = patch(model, learned, held_out, masks, patterns, settings, seed=seed)
-    about = [
-        {
-            "class": t,
-            "norm": triggers.norms[t].item(),
-            "score": sizes[t].item(),
-            "anomaly_index": indices[t].item(),
-            "flagged": t in odd,
-            "found": bool(triggers.found[t]),
-            "held_out_asr": asr[t],
-            "steps": int(triggers.steps[t]),
-        }
-        for t in classes
-    ]
-    evidence = {"classes": about, "decision": decision, "patched": chosen, "patching": patching}
+        cleaned, patching = patch(model, learned, held_out, masks, patterns, settings, seed, watch)
+    about = {
+        "class": classes,
+        "norm": triggers.norms,
+        "score": sizes,
+        "anomaly_index": indices,
+        "flagged": [t in odd for t in classes],
+        "found": triggers.found,
+        "held_out_asr": asr,
+        "steps": triggers.steps,
+    }
+    evidence = {"classes": rows(about), "decision": decision, "patched": chosen, "patching": patching}
     tensors = {"masks": triggers.masks, "patterns": triggers.patterns}
     return Defended(cleaned.eval(), triggers.history, evidence, tensors)

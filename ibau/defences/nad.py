@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from ibau.data.images import ImageSet
 from ibau.defences.base import Defended
 from ibau.defences.finetune import clean_split, held_out_accuracy
 from ibau.networks.models import device_of
-from ibau.networks.training import AUGMENTS, TrainingError, augmented, autocast, to_float
+from ibau.networks.training import AUGMENTS, TrainingError, Watch, augmented, autocast, look, to_float
 
 SHOWN = 8  # held-out images whose attention maps are given back
 RETRIES = 4  # how often the rate may be lowered
@@ -66,9 +66,27 @@ class NADSettings:
         """
         return cls(teacher_epochs=5, epochs=6, lr=0.01)
 
+    @property
+    def work(self) -> int:
+        """What its time is proportional to."""
+        return self.teacher_epochs + self.epochs
+
+    def scaled(self, share: float) -> "NADSettings":
+        """The same with this share of the epochs."""
+        teacher, epochs, high = (
+            max(1, round(share * n)) for n in (self.teacher_epochs, self.epochs, self.high_epochs)
+        )
+        return replace(self, teacher_epochs=teacher, epochs=epochs, high_epochs=high)
+
 
 def nad(
-    model: nn.Module, data: ImageSet, *, settings: NADSettings, seed: int = 0, progress: bool = False
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    settings: NADSettings,
+    seed: int = 0,
+    progress: bool = False,
+    watch: Watch | None = None,
 ) -> Defended:
     """Distil `model`, which is changed, from a fine-tuned copy, on the clean images but for held-out ones.
 
@@ -86,20 +104,20 @@ def nad(
     shown = watched.images[:SHOWN]
     tensors = {"images": shown.cpu(), **_maps("before", model, stages, shown, settings.p)}
     before = held_out_accuracy(model, watched)
-    rates, teacher = [], None
+    rates, best = [], -1.0
     for attempt in range(RETRIES + 1):
         rate = settings.lr / math.sqrt(10) ** attempt
         tuned = copy.deepcopy(model)
         label = f"NAD's teacher, rate {rate:.2g}" if progress else None
-        lines = tune(tuned, learnt, watched, settings, settings.teacher_epochs, rate, progress=label)
-        if all(lines[-1]["held_out_acc"] >= tried["held_out_acc"] for tried in rates):
-            teacher, chosen = tuned, rate
-        rates.append({"rate": rate, "held_out_acc": lines[-1]["held_out_acc"]})
-        if before - rates[-1]["held_out_acc"] <= settings.tolerance:
+        accuracy = tune(tuned, learnt, watched, settings, rate, label)[-1]["held_out_acc"]
+        rates.append({"rate": rate, "held_out_acc": accuracy})
+        if accuracy >= best:
+            teacher, chosen, best = tuned, rate, accuracy
+        if before - accuracy <= settings.tolerance:
             break
     tensors |= _maps("teacher", teacher, stages, shown, settings.p)
     label = "NAD" if progress else None
-    history = tune(model, learnt, watched, settings, settings.epochs, chosen, teacher, stages, progress=label)
+    history = tune(model, learnt, watched, settings, chosen, label, teacher, stages, watch)
     tensors |= _maps("after", model, stages, shown, settings.p)
     evidence = {
         "stages": list(stages),
@@ -132,18 +150,18 @@ def tune(
     learnt: ImageSet,
     watched: ImageSet,
     settings: NADSettings,
-    epochs: int,
     rate: float,
+    progress: str | None,
     teacher: nn.Module | None = None,
     stages: tuple[str, ...] = (),
-    *,
-    progress: str | None = None,
+    watch: Watch | None = None,
 ) -> list[dict]:
     """SGD on cross-entropy + sum_l beta_l * attention loss_l, in place; `model` ends in eval mode.
 
-    Without a teacher on the cross-entropy alone. Returns a line an epoch, see `nad`.
+    Without a teacher the model becomes one: on the cross-entropy alone. Returns a line an epoch, see `nad`.
     """
     device, history = device_of(model), []
+    epochs = settings.teacher_epochs if teacher is None else settings.epochs
     images, labels = learnt.images.to(device), learnt.labels.to(device)
     optimizer = torch.optim.SGD(
         model.parameters(), rate, settings.momentum, weight_decay=settings.weight_decay, nesterov=True
@@ -154,7 +172,8 @@ def tune(
             group["lr"] = rate if epoch <= settings.high_epochs else rate / 10
         model.train()
         losses = torch.zeros(2, device=device)
-        for batch in torch.randperm(len(images), device=device).split(settings.batch_size):
+        batches = torch.randperm(len(images), device=device).split(settings.batch_size)
+        for index, batch in enumerate(batches):
             if len(batch) == 1 < len(images):  # it would break BatchNorm
                 continue
             x = augmented(to_float(images[batch]), settings.augment)
@@ -163,6 +182,7 @@ def tune(
             (loss + attention).backward()
             optimizer.step()
             losses += torch.stack([loss, attention]).detach() * len(batch) / len(images)
+            look(watch, model, (epoch - 1) * len(batches) + index, epochs * len(batches))
         accuracy = held_out_accuracy(model.eval(), watched)
         if teacher is not None and not losses.isfinite().all():
             raise TrainingError(
@@ -189,7 +209,7 @@ def _losses(model, teacher, stages, images: Tensor, labels: Tensor, settings) ->
 
 @contextmanager
 def outputs_of(model: nn.Module, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """Within it, the modules of these names leave their outputs in the dict it gives.
+    """Within it, the modules of these names leave their outputs in the dict it gives, in calling order.
 
     Raises ValueError for names the model does not have.
     """

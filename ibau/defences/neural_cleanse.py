@@ -12,44 +12,35 @@ from torch import Tensor, nn
 
 from ibau.data.images import ImageSet
 from ibau.defences.base import Defended
-from ibau.defences.inversion import Classify, ReverseSettings, Triggers, cleanse, fooled
+from ibau.defences.inversion import Classify, ReverseSettings, Triggers, cleanse, fooled, stamp
+from ibau.networks.training import Watch
 
 
 @dataclass(frozen=True)
 class NeuralCleanseSettings(ReverseSettings):
     """The authors' settings of the search (their code, read at its source); see ReverseSettings."""
 
-    @classmethod
-    def quick(cls, **other) -> "NeuralCleanseSettings":
-        """A budget of half a minute for ten classes on one core."""
-        return cls(**{"steps": 150, "batches": 1, "batch_size": 16, "patch_epochs": 5, **other})
-
-    @classmethod
-    def desk(cls, **other) -> "NeuralCleanseSettings":
-        """Minutes on a CPU for ten or 43 classes: 300 of the 1,000 steps, of 8 images each and not of 992."""
-        return cls(**{"steps": 300, "batches": 1, "batch_size": 8, **other})
-
 
 def objective(
     classify: Classify, x: Tensor, y: Tensor, m: Tensor, delta: Tensor, t: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Eq. (3) of the paper, a class: CE(f((1 - m) x + m Delta), t) + lambda |m|_1; and the ASR."""
-    loss, asr = fooled(classify, x, m, delta, t)
-    return loss + weight * m.sum((1, 2, 3)), asr
-
-
-def sizes(classify: Classify, held_out: ImageSet, triggers: Triggers, asr: list[float]) -> Tensor:
-    """|m|_1 of each trigger, (c,): what the outlier test is on"""
-    return triggers.norms
+    loss, asr = fooled(classify, stamp(x, m, delta), t)
+    return loss.mean(1) + weight * m.sum((1, 2, 3)), asr
 
 
 def neural_cleanse(
     model: nn.Module,
     clean: ImageSet,
     *,
-    settings: NeuralCleanseSettings = NeuralCleanseSettings(),
+    settings: ReverseSettings,
     seed: int = 0,
     progress: bool = False,
+    watch: Watch | None = None,
 ) -> Defended:
-    """Patch away the triggers of classes with an outlying |m|_1: see `reverse.cleanse`."""
-    return cleanse("Neural Cleanse", objective, sizes, model, clean, settings, seed, progress)
+    """Patch away the triggers of classes with an outlying |m|_1: see `inversion.cleanse`."""
+
+    def norms(classify: Classify, held_out: ImageSet, triggers: Triggers, asr: list[float]) -> Tensor:
+        return triggers.norms
+
+    return cleanse("Neural Cleanse", objective, norms, model, clean, settings, seed, progress, watch)

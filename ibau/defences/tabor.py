@@ -17,7 +17,7 @@ of the score weigh the same, and a pixel explains as much as the gradient of the
 TABOR only detects; a flagged trigger is patched away as in Neural Cleanse.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from ibau.checks import not_negative
 from ibau.data.images import ImageSet
 from ibau.defences.base import Defended
 from ibau.defences.inversion import Classify, ReverseSettings, Triggers, cleanse, fooled, stamp, success_rates
-from ibau.networks.training import to_float
+from ibau.networks.training import Watch, to_float
 
 EXPLAINED = 0.5  # share of a mask, the pixels that explain most, that the last part of the score keeps
 
@@ -58,13 +58,7 @@ class TaborSettings(ReverseSettings):
         The mask weighs what it does in Neural Cleanse from the start, and the pattern a tenth of it: ten
         times as much, as in the ports, holds masks up for longer than this budget lasts.
         """
-        budget = {"steps": 150, "batches": 1, "batch_size": 16, "patch_epochs": 5}
-        return cls(**{**budget, "weight": 1e3, "r1_pattern": 1e-7, **other})
-
-    @classmethod
-    def desk(cls, **other) -> "TaborSettings":
-        """Minutes on a CPU: cut as Neural Cleanse's budget is, with the weights of `quick`."""
-        return cls.quick(**{"steps": 300, "batch_size": 8, "patch_epochs": 1, **other})
+        return super().quick(**{"weight": 1e3, "r1_pattern": 1e-7, **other})
 
 
 def elastic_net(v: Tensor) -> Tensor:
@@ -94,13 +88,13 @@ def objective_of(s: TaborSettings):
     def objective(
         classify: Classify, x: Tensor, y: Tensor, m: Tensor, delta: Tensor, t: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        loss, asr = fooled(classify, x, m, delta, t)
+        loss, asr = fooled(classify, stamp(x, m, delta), t)
         rest = (1 - m) * delta
         r1 = s.r1_mask * elastic_net(m) + s.r1_pattern * elastic_net(rest)
         r2 = s.r2_mask * roughness(m) + s.r2_pattern * roughness(rest)
         r3 = s.r3 * blocking(classify, x, y, m) if s.r3 else 0.0
         r4 = s.r4 * overlaying(classify, m, delta, t) if s.r4 else 0.0
-        return loss + weight * (r1 + r2) + r3 + r4, asr
+        return loss.mean(1) + weight * (r1 + r2) + r3 + r4, asr
 
     return objective
 
@@ -115,13 +109,10 @@ def score(classify: Classify, held_out: ImageSet, triggers: Triggers, asr: list[
     masks = triggers.masks
     d, least = masks.shape[-1], 0.5 / len(held_out)
     sizes = torch.log(triggers.norms / d**2) + torch.log(roughness(masks) / (d * (d - 1)))
-    important = explanation(classify, held_out, triggers)
     blank = ImageSet(torch.zeros_like(held_out.images[:1]), torch.full_like(held_out.labels[:1], -1))
-    for rates in (
-        asr,
-        success_rates(classify, blank, triggers),
-        success_rates(classify, held_out, replace(triggers, masks=important)),
-    ):
+    alone = success_rates(classify, blank, triggers)
+    important = triggers._replace(masks=explanation(classify, held_out, triggers))
+    for rates in (asr, alone, success_rates(classify, held_out, important)):
         sizes = sizes - torch.tensor(rates).clamp_min(least).log()
     return sizes
 
@@ -150,9 +141,10 @@ def tabor(
     model: nn.Module,
     clean: ImageSet,
     *,
-    settings: TaborSettings = TaborSettings(),
+    settings: TaborSettings,
     seed: int = 0,
     progress: bool = False,
+    watch: Watch | None = None,
 ) -> Defended:
-    """Patch away the triggers of classes with an outlying score: see `reverse.cleanse`."""
-    return cleanse("TABOR", objective_of(settings), score, model, clean, settings, seed, progress)
+    """Patch away the triggers of classes with an outlying score: see `inversion.cleanse`."""
+    return cleanse("TABOR", objective_of(settings), score, model, clean, settings, seed, progress, watch)

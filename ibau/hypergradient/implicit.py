@@ -239,6 +239,29 @@ def unrolled_hypergradient(
     return Hypergradient(direct, _vjp(delta, theta, b), loss, stationarity, nothing)
 
 
+@torch.enable_grad()
+def curvature(
+    inner: Callable[[Tensor, Sequence[Tensor]], Tensor],
+    delta: Tensor,
+    params: Sequence[Tensor],
+    *,
+    products: int = 8,
+) -> Tensor:
+    """|d2 inner / d delta2|, the largest absolute eigenvalue of the Hessian, by power iteration; scalar.
+
+    At a maximiser a gradient step on `inner` of size eta contracts along every curved direction where
+    eta < 2 / |d2 inner / d delta2|. The iteration starts at the gradient and approaches the norm from below;
+    it is 0 where the gradient is, or the Hessian has nothing of its direction.
+    """
+    delta = delta.detach().requires_grad_()
+    with _twice_differentiable():
+        (g,) = torch.autograd.grad(inner(delta, params), delta, create_graph=True)
+    v = g.detach()
+    for _ in range(products):
+        (v,) = _vjp(g, [delta], v / v.norm().clamp_min(1e-30))
+    return v.norm()
+
+
 def project_l2(x: Tensor, radius: float) -> Tensor:
     """The closest point to x in the l2 ball of this radius around 0; differentiable off the sphere."""
     if math.isinf(radius):

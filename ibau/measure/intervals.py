@@ -19,7 +19,10 @@ def wilson(p: float, n: int, z: float = Z) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Rate:
-    """`hits` of `n` images. Raises ValueError when there is nothing to count."""
+    """`hits` of `n` images: `value`, the share, and `low` to `high`, its 95% Wilson interval.
+
+    Raises ValueError when there is nothing to count.
+    """
 
     hits: int
     n: int
@@ -45,17 +48,14 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """The share, in [0, 1]."""
         return self.hits / self.n
 
     @property
     def low(self) -> float:
-        """The lower end of the 95% Wilson interval."""
         return wilson(self.value, self.n)[0]
 
     @property
     def high(self) -> float:
-        """The upper end of the 95% Wilson interval."""
         return wilson(self.value, self.n)[1]
 
     def as_dict(self) -> dict:

@@ -28,20 +28,6 @@ def attack_rates(
     return Rate.of(predicted == wanted[eligible]), Rate.of(predicted == labels[eligible])
 
 
-def attack_success_rate(
-    model: nn.Module, images: Tensor, labels: Tensor, trigger: Trigger, target: int | str, num_classes: int
-) -> Rate:
-    """The ASR of `attack_rates`."""
-    return attack_rates(model, images, labels, trigger, target, num_classes)[0]
-
-
-def robust_accuracy(
-    model: nn.Module, images: Tensor, labels: Tensor, trigger: Trigger, target: int | str, num_classes: int
-) -> Rate:
-    """The RA of `attack_rates`."""
-    return attack_rates(model, images, labels, trigger, target, num_classes)[1]
-
-
 @dataclass(frozen=True)
 class Rating:
     """DER, a number in [0, 1] with its 95% interval. It weighs four rates and is none itself."""

@@ -5,8 +5,8 @@ import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ibau.data.files import whole_file
@@ -18,10 +18,7 @@ class ModelError(Exception):
 
 
 def save(model: nn.Module, path: str | Path, settings: dict | None = None) -> Path:
-    """Write the weights as safetensors, with `settings` (anything JSON can hold) in the metadata.
-
-    The file appears whole or not at all: it is written beside its final name and then renamed.
-    """
+    """Write the weights as safetensors, whole or not at all, with `settings` in the metadata as JSON."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata={"settings": json.dumps(settings or {}, sort_keys=True)})
@@ -34,8 +31,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     One level of wrapping is taken off, `{"net": ...}`, `{"state_dict": ...}` or `{"model": ...}`, and so is
     DataParallel's `module.`. Raises ModelError for a missing or damaged file, and one that holds more.
     """
-    state, _ = unwrap(read(path), path)
-    return {bare(key): value for key, value in state.items()}
+    return unwrap(read(path), path)[0]
 
 
 def read(path: str | Path) -> dict:
@@ -48,10 +44,9 @@ def read(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"{path}: no such checkpoint file")
-    if path.suffix == ".safetensors":
-        with _open_safetensors(path) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no __iter__)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in torch's reader in as many ways as there are damages
         reason = str(error)
@@ -66,12 +61,13 @@ def read(path: str | Path) -> dict:
 
 
 def unwrap(content: object, path: str | Path) -> tuple[dict[str, Tensor], str | None]:
-    """The state dict in a checkpoint's content, and the key it lies under: None where it is the content."""
-    wrapper = None
-    if isinstance(content, dict):
-        keys = ("net", "state_dict", "model")
-        wrapper = next((key for key in keys if isinstance(content.get(key), dict)), None)
-    state = content if wrapper is None else content[wrapper]
+    """The state dict in a checkpoint's content, with `bare` keys, and the key it lies under.
+
+    That is None where the content itself is the state dict. `path` is for the message of a ModelError.
+    """
+    found = content if isinstance(content, dict) else {}
+    wrapper = next((key for key in ("net", "state_dict", "model") if isinstance(found.get(key), dict)), None)
+    state = content if wrapper is None else found[wrapper]
     if not isinstance(state, dict) or not state:
         raise ModelError(f"{path}: holds a {type(state).__name__}, expected a dict of named tensors")
     foreign = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
@@ -80,7 +76,7 @@ def unwrap(content: object, path: str | Path) -> tuple[dict[str, Tensor], str | 
             f"{path}: entries that are not tensors: {some(foreign)}; expected a state dict, bare or under "
             "'net', 'state_dict' or 'model'"
         )
-    return state, wrapper
+    return {bare(key): value for key, value in state.items()}, wrapper
 
 
 def bare(key: object) -> str:
@@ -89,43 +85,34 @@ def bare(key: object) -> str:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The texts in a safetensors file's metadata; none for another format."""
-    if Path(path).suffix != ".safetensors":
-        return {}
-    with _open_safetensors(Path(path)) as file:
+    """The texts in a safetensors file's metadata."""
+    with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
-    """Fill `model` with the weights at `path` and return it in eval mode.
+    """Fill `model` with the weights at `path`, see `load_state` and `fill`, and return it in eval mode."""
+    return fill(model, load_state(path), path)
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> nn.Module:
+    """Fill `model` with `state`, which came from `path`, and return it in eval mode.
 
     Raises ModelError, listing them, where keys or shapes do not match; the model is then unchanged.
     """
-    state = load_state(path)
     expected = model.state_dict()
     # A Norm's counter is bookkeeping that older checkpoints and other tools leave out.
-    missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in expected]
-    misshapen = [
-        f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
-        for k in expected
-        if k in state and state[k].shape != expected[k].shape
-    ]
-    problems = [
-        f"{label}: {some(items)}"
-        for label, items in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
-        if items
-    ]
+    misfits = {
+        "missing": [k for k in expected if k not in state and not k.endswith("num_batches_tracked")],
+        "unexpected": [k for k in state if k not in expected],
+        "wrong shape": [
+            f"{k} is {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
+            for k in expected
+            if k in state and state[k].shape != expected[k].shape
+        ],
+    }
+    problems = "; ".join(f"{what}: {some(keys)}" for what, keys in misfits.items() if keys)
     if problems:
-        raise ModelError(f"{path}: does not fit {type(model).__name__}; " + "; ".join(problems))
+        raise ModelError(f"{path}: does not fit {type(model).__name__}; {problems}")
     model.load_state_dict(state, strict=False)
     return model.eval()
-
-
-def _open_safetensors(path: Path):
-    if not path.is_file():
-        raise ModelError(f"{path}: no such checkpoint file")
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ModelError(f"{path}: not a readable safetensors file ({error})") from None

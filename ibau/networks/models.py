@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from ibau.checks import known
 from ibau.networks.seeding import seeded
 
-SMALL_VGG_PLAN = (32, 32, "M", 64, 64, "M", 128, 128, "M")
-SMALL_VGG_DROPOUT = (0.3, 0.4, 0.4)
-
 
 class Dropout(nn.Dropout):
     """Dropout whose CPU mask costs one 64-bit random number for eight elements; `p` is rounded to 1/256.
@@ -33,30 +30,33 @@ class Dropout(nn.Dropout):
         return x * keep.as_strided(x.shape, x.stride()).to(x.dtype).mul_(256 / (256 - dropped))
 
 
+def _scaled(channels: tuple[int, ...], width: float, num_classes: int) -> list[int]:
+    """`channels` times `width`. Raises ValueError where one is left without any, or classes are too few."""
+    if num_classes < 2:
+        raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
+    scaled = [round(count * width) for count in channels]
+    if min(scaled) < 1:
+        raise ValueError(f"width is {width}; it must be positive and leave at least one channel")
+    return scaled
+
+
 class SmallVGG(nn.Module):
     """The network of the I-BAU authors' repository, for 32x32 RGB images in [0, 1] without normalisation.
 
-    3x3 convolutions of 32, 32, M, 64, 64, M, 128, 128, M channels, each followed by BatchNorm and ELU,
-    dropout of 0.3, 0.4 and 0.4 after the three max-pools, then one linear layer. `width` scales the channels.
+    Three times two 3x3 convolutions, each followed by BatchNorm and ELU, a max-pool and dropout; then one
+    linear layer. `width` scales the channels, which are 32, 64 and 128.
     State-dict keys are `features.<i>.*` and `classifier.*`, as in the authors' checkpoints.
     """
 
     def __init__(self, num_classes: int, width: float = 1.0):
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
-        if width <= 0 or round(32 * width) < 1:
-            raise ValueError(f"width is {width}; it must be positive and leave at least one channel")
         layers: list[nn.Module] = []
-        dropout = iter(SMALL_VGG_DROPOUT)
         channels = 3
-        for step in SMALL_VGG_PLAN:
-            if step == "M":
-                layers += [nn.MaxPool2d(2), Dropout(next(dropout))]
-                continue
-            out = round(step * width)
-            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ELU(inplace=True)]
-            channels = out
+        for out, dropout in zip(_scaled((32, 64, 128), width, num_classes), (0.3, 0.4, 0.4), strict=True):
+            for _ in range(2):
+                layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ELU(inplace=True)]
+                channels = out
+            layers += [nn.MaxPool2d(2), Dropout(dropout)]
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels * 4 * 4, num_classes)
 
@@ -87,11 +87,7 @@ class PreActResNet18(nn.Module):
 
     def __init__(self, num_classes: int, width: float = 1.0):
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}; a classifier needs at least 2")
-        widths = [round(c * width) for c in (64, 128, 256, 512)]
-        if min(widths) < 1:
-            raise ValueError(f"width is {width}; it must be positive and leave at least one channel")
+        widths = _scaled((64, 128, 256, 512), width, num_classes)
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         blocks, channels = [], widths[0]
         for stage, out in enumerate(widths):

@@ -13,25 +13,17 @@ def seeded(seed: int) -> Iterator[None]:
     `torch.manual_seed` within `torch.random.fork_rng` would not do: the one seeds every accelerator, which
     the other does not restore. An accelerator that this process has not used yet is not started for it.
     """
-    accelerators = [
-        getattr(torch, name)
-        for name in ("cuda", "xpu")
-        if getattr(torch, name).is_initialized() or torch.get_default_device().type == name
-    ]
-    apple = torch.backends.mps.is_available()
-    state = torch.get_rng_state()
-    states = [accelerator.get_rng_state_all() for accelerator in accelerators]
-    apples = torch.mps.get_rng_state() if apple else None
+    generators = [(torch.get_rng_state, torch.set_rng_state, torch.default_generator.manual_seed)]
+    for name, device in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        if device.is_initialized() or torch.get_default_device().type == name:
+            generators.append((device.get_rng_state_all, device.set_rng_state_all, device.manual_seed_all))
+    if torch.backends.mps.is_available():
+        generators.append((torch.mps.get_rng_state, torch.mps.set_rng_state, torch.mps.manual_seed))
+    before = [get_state() for get_state, _, _ in generators]
     try:
-        torch.default_generator.manual_seed(int(seed))  # torch.manual_seed without the accelerators
-        for accelerator in accelerators:
-            accelerator.manual_seed_all(seed)
-        if apple:
-            torch.mps.manual_seed(seed)
+        for _, _, set_seed in generators:
+            set_seed(int(seed))
         yield
     finally:
-        torch.set_rng_state(state)
-        for accelerator, before in zip(accelerators, states, strict=True):
-            accelerator.set_rng_state_all(before)
-        if apple:
-            torch.mps.set_rng_state(apples)
+        for (_, set_state, _), state in zip(generators, before, strict=True):
+            set_state(state)

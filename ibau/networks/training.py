@@ -7,6 +7,7 @@ autocast: `make bench-training` measures what each buys on the machine at hand.
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +49,18 @@ class TrainSettings:
         one_of(self, "precision", PRECISIONS)
         one_of(self, "schedule", SCHEDULES)
         positive(self, "epochs", "batch_size", "lr")
+
+
+Watch = Callable[[nn.Module], None]  # looks at a model while a defence runs, and changes nothing
+LOOKS = 10  # along a run
+
+
+def look(watch: Watch | None, model: nn.Module, step: int, steps: int) -> None:
+    """After step 0, 1, ... of `steps`: call `watch` with the model in eval mode, LOOKS times in all."""
+    if watch and (step + 1) * LOOKS // steps > step * LOOKS // steps:
+        training = model.training
+        watch(model.eval())
+        model.train(training)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -123,12 +136,14 @@ def train(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: str | None = None,
+    watch: Watch | None = None,
 ) -> list[dict]:
     """Train `model` in place, on the device it is on, and leave it in eval mode.
 
     The same seed, machine and settings give the same weights. With `checkpoint`, the state is saved there
     after every epoch; a later call with the same settings goes on from it, to the same weights an
-    undisturbed run gives, and the file is removed at the end. `progress` labels a progress bar.
+    undisturbed run gives, and the file is removed at the end. `progress` labels a progress bar. `watch` is
+    called with the model, in eval mode, LOOKS times along the way; it changes nothing.
 
     Returns one dict an epoch: epoch, loss, accuracy (both over the training images as they were seen),
     seconds. Raises TrainingError when the loss is not finite, or the checkpoint is of another run.
@@ -146,7 +161,7 @@ def train(
             started = time.perf_counter()
             # Seeding each epoch by itself makes a resumed run equal to an undisturbed one.
             with seeded(seed * 100_003 + epoch):
-                loss, accuracy = _epoch(model, optimizer, images, labels, epoch, settings, layout)
+                loss, accuracy = _epoch(model, optimizer, images, labels, epoch, settings, layout, watch)
             seconds = time.perf_counter() - started
             history.append({"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, "seconds": seconds})
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}")
@@ -160,7 +175,7 @@ def train(
 
 
 def _epoch(
-    model, optimizer, images, labels, epoch: int, settings: TrainSettings, layout: torch.memory_format
+    model, optimizer, images, labels, epoch, settings: TrainSettings, layout, watch
 ) -> tuple[float, float]:
     """One pass over the shuffled images; returns mean loss and accuracy."""
     model.train()
@@ -172,12 +187,10 @@ def _epoch(
     total_loss = torch.zeros((), device=device)
     correct = torch.zeros((), device=device)
     for index, batch in enumerate(batches):
+        step, steps = epoch * len(batches) + index, settings.epochs * len(batches)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(
-                epoch * len(batches) + index, settings.epochs * len(batches), settings
-            )
-        x = augmented(to_float(images[batch]), settings.augment)
-        x = x.contiguous(memory_format=layout)
+            group["lr"] = learning_rate(step, steps, settings)
+        x = augmented(to_float(images[batch]), settings.augment).contiguous(memory_format=layout)
         y = labels[batch]
         with autocast(device, settings.precision):
             logits = model(x)
@@ -187,6 +200,7 @@ def _epoch(
         optimizer.step()
         total_loss += loss.detach() * len(batch)
         correct += (logits.argmax(1) == y).sum()
+        look(watch, model, step, steps)
     seen = sum(len(b) for b in batches)
     mean_loss = total_loss.item() / seen
     if not math.isfinite(mean_loss):
@@ -211,9 +225,7 @@ def _resume(model, optimizer, path: str | Path | None, run: dict) -> list[dict]:
     except Exception:  # a checkpoint cut short by a full disk is worth no more than none
         return []
     if state["run"] != run:
-        raise TrainingError(
-            f"{path}: the checkpoint is of another run ({state['run']}, wanted {run}); remove it"
-        )
+        raise TrainingError(f"{path}: a checkpoint of another run ({state['run']}, wanted {run}); remove it")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["history"]

@@ -157,11 +157,15 @@ def easiness(norms: Tensor) -> Tensor:
         return torch.zeros(len(norms))
     logs, found = norms.log(), []
     for i in range(len(logs)):
-        others = torch.cat([logs[:i], logs[i + 1 :]])
+        others = _without(logs, i)
         middle = others.quantile(0.5)
         spread = 1.4826 * (others - middle).abs().quantile(0.5)
         found.append((middle - logs[i]) / spread.clamp_min(SPREAD))
     return torch.stack(found)
+
+
+def _without(values: Tensor, i: int) -> Tensor:
+    return torch.cat([values[:i], values[i + 1 :]])
 
 
 def moved_share(model: nn.Module, images: Tensor, labels: Tensor, delta: Tensor, target: int) -> Rate:
@@ -208,9 +212,12 @@ class Findings:
 
 def in_words(before: Findings, after: Findings, classes: tuple[str, ...]) -> list[str]:
     """What the evidence supports, sentence by sentence in Markdown, and what it cannot."""
+    change = 100 * (after.acc.value - before.acc.value)
+    where = "within" if before.acc.low <= after.acc.value <= before.acc.high else "outside"
     return [
         *_about_classes(before, after, classes),
-        _about_accuracy(before.acc, after.acc),
+        f"**Accuracy on held-out images: {before.acc} before, {after.acc} after**: {change:+.1f} points, "
+        f"{where} the first one's 95% interval.",
         *_about_attack(before.asr, after.asr),
         "Either model may hold backdoors that none of this finds. The figures hold for images like the clean "
         "ones; they say nothing of other images.",
@@ -218,14 +225,16 @@ def in_words(before: Findings, after: Findings, classes: tuple[str, ...]) -> lis
 
 
 def _about_classes(before: Findings, after: Findings, classes: tuple[str, ...]) -> list[str]:
-    said = []
-    for i in before.easy:
-        said.append(
-            f"**{classes[i]} was suspiciously easy to reach**: with a perturbation of {before.norms[i]:.2f}, "
-            f"where the other classes need {_others(before.norms, i):.2f} (median). That is what a backdoor "
-            f"with this target looks like, but a class can also be easy by nature. After cleaning it takes "
-            f"{after.norms[i]:.2f}, the others {_others(after.norms, i):.2f}."
-        )
+    def others(norms: Tensor, i: int) -> str:
+        return f"{_without(norms, i).quantile(0.5):.2f}"
+
+    said = [
+        f"**{classes[i]} was suspiciously easy to reach**: with a perturbation of {before.norms[i]:.2f}, "
+        f"where the other classes need {others(before.norms, i)} (median). That is what a backdoor "
+        f"with this target looks like, but a class can also be easy by nature. After cleaning it takes "
+        f"{after.norms[i]:.2f}, the others {others(after.norms, i)}."
+        for i in before.easy
+    ]
     if not said:
         index = easiness(before.norms)
         top = int(index.argmax())
@@ -234,25 +243,11 @@ def _about_classes(before: Findings, after: Findings, classes: tuple[str, ...]) 
             f"{index[top]:.1f}; above {SUSPICIOUS} would be suspicious. That does not show that the model "
             "was clean: backdoors with a large trigger or with many target classes do not stand out here."
         )
-    for i in after.easy:
-        said.append(
-            f"**{classes[i]} is suspiciously easy to reach after cleaning**: {after.norms[i]:.2f}, where the "
-            f"others need {_others(after.norms, i):.2f}. Treat the cleaned model with suspicion."
-        )
-    return said
-
-
-def _others(norms: Tensor, i: int) -> float:
-    return torch.cat([norms[:i], norms[i + 1 :]]).quantile(0.5).item()
-
-
-def _about_accuracy(before: Rate, after: Rate) -> str:
-    change = 100 * (after.value - before.value)
-    where = "within" if before.low <= after.value <= before.high else "outside"
-    return (
-        f"**Accuracy on held-out images: {before} before, {after} after**: {change:+.1f} points, {where} the "
-        "first one's 95% interval."
-    )
+    return said + [
+        f"**{classes[i]} is suspiciously easy to reach after cleaning**: {after.norms[i]:.2f}, where the "
+        f"others need {others(after.norms, i)}. Treat the cleaned model with suspicion."
+        for i in after.easy
+    ]
 
 
 def _about_attack(before: Rate | None, after: Rate | None) -> list[str]:

@@ -10,9 +10,9 @@ Nothing in a checkpoint is ever executed. A `module:callable` is: it is the user
 
 import ast
 import copy
-import importlib
 import inspect
 import os
+import pkgutil
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ibau.data.files import whole_file
 from ibau.data.folders import Folder
-from ibau.data.images import DataError, ImageSet
+from ibau.data.images import DataError, ImageSet, some
 from ibau.networks import checkpoints, models
 from ibau.networks.checkpoints import ModelError
 
@@ -67,14 +67,11 @@ class Given:
         file the model came from.
         """
         path = out_path(self.path, path)
-        core = model.model if isinstance(model, Normalised) else model
-        cleaned = core.state_dict()
+        cleaned = (model.model if isinstance(model, Normalised) else model).state_dict()
         old = self.content if self.wrapper is None else self.content[self.wrapper]
         state = copy.copy(old)  # keeps the kind of dict, and the versions torch notes in it
         for key, value in old.items():
-            if checkpoints.bare(key) in cleaned:
-                new = cleaned[checkpoints.bare(key)].detach().to("cpu", value.dtype, copy=True)
-                state[key] = new.contiguous()
+            state[key] = cleaned[checkpoints.bare(key)].to("cpu", value.dtype, copy=True).contiguous()
         content = state if self.wrapper is None else {**self.content, self.wrapper: state}
         try:
             with whole_file(path, like=self.path) as temporary:
@@ -103,10 +100,8 @@ def load_model(
     content = checkpoints.read(checkpoint)
     state, wrapper = checkpoints.unwrap(content, checkpoint)
     model = build(architecture, num_classes)
-    _check_classes(
-        {checkpoints.bare(k): v for k, v in state.items()}, model.state_dict(), num_classes, checkpoint
-    )
-    checkpoints.load(checkpoint, model)
+    _check_classes(state, model.state_dict(), num_classes, checkpoint)
+    checkpoints.fill(model, state, checkpoint)
     if normal:
         model = Normalised(model, *normal)
     model.eval().requires_grad_(True)
@@ -132,16 +127,15 @@ def build(architecture: str, num_classes: int) -> nn.Module:
     except ModelError:
         raise
     except Exception as error:  # whatever a constructor raises is about what it was given
-        valid = f"{', '.join(models.MODELS)}, torchvision:<name>, module:callable"
-        reason = _first_line(error)
         raise ModelError(
-            f"architecture {architecture!r} cannot be built ({reason}); valid: {valid}"
+            f"architecture {architecture!r} cannot be built ({_first_line(error)}); "
+            f"valid: {', '.join(models.MODELS)}, torchvision:<name>, module:callable"
         ) from error
 
 
 def _options(architecture: str, query: str) -> dict:
     options = {}
-    for part in query.split("&") if query else []:
+    for part in filter(None, query.split("&")):
         key, equals, text = part.partition("=")
         if not (key.isidentifier() and equals and text):
             raise ModelError(f"architecture {architecture!r}: option {part!r} should be name=value")
@@ -163,13 +157,10 @@ def _torchvision(name: str, num_classes: int, options: dict) -> nn.Module:
 
 def _imported(module: str, name: str, num_classes: int, options: dict) -> nn.Module:
     try:
-        make = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        raise ModelError(
-            f"cannot import {module!r} ({_first_line(error)}); put its folder on PYTHONPATH"
-        ) from None
-    except AttributeError:
-        raise ModelError(f"module {module!r} has no {name!r}") from None
+        make = pkgutil.resolve_name(f"{module}:{name}")
+    except (ImportError, AttributeError) as error:
+        reason = _first_line(error)
+        raise ModelError(f"cannot import {module}:{name} ({reason}); put its folder on PYTHONPATH") from None
     takes = inspect.signature(make).parameters
     if "num_classes" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         options = {"num_classes": num_classes, **options}
@@ -201,15 +192,12 @@ def parse_normalize(text: str) -> tuple[Tensor, Tensor] | None:
 
 def _check_classes(state: dict, expected: dict, num_classes: int, path) -> None:
     """One clear sentence where all that differs is the number of classes."""
-    shapes = [
-        (value.shape, expected[key].shape)
-        for key, value in state.items()
-        if key in expected and value.shape != expected[key].shape
-    ]
-    found = {has[0] for has, wanted in shapes if has[1:] == wanted[1:] and wanted[:1] == (num_classes,)}
-    if len(found) == 1 and all(has[1:] == wanted[1:] for has, wanted in shapes):
+    shapes = [(state[key].shape, value.shape) for key, value in expected.items() if key in state]
+    misfits = [(has, wanted) for has, wanted in shapes if has != wanted]
+    found = {has[:1] for has, wanted in misfits if wanted[:1] == (num_classes,)}
+    if len(found) == 1 and all(has and has[1:] == wanted[1:] for has, wanted in misfits):
         raise ModelError(
-            f"{path}: has {found.pop()} classes, but there are {num_classes} class folders; every class "
+            f"{path}: has {found.pop()[0]} classes, but there are {num_classes} class folders; every class "
             "needs a folder, and their sorted order is that of the model's outputs"
         )
 
@@ -235,16 +223,12 @@ def out_path(checkpoint: str | Path, out: str | Path = "") -> Path:
     if not checkpoint.is_file():
         raise ModelError(f"{checkpoint}: no such checkpoint file")
     path = Path(out) if str(out) else checkpoint.with_name(f"{checkpoint.stem}.cleaned{checkpoint.suffix}")
-    if path.resolve() == checkpoint.resolve() or (path.exists() and path.samefile(checkpoint)):
+    if path.exists() and path.samefile(checkpoint):
         raise ModelError(f"{path}: would overwrite the model that was given; name another file as out")
     if path.suffix != checkpoint.suffix:
-        raise ModelError(
-            f"{path}: should end in {checkpoint.suffix!r}, as it will have the format of the old"
-        )
+        raise ModelError(f"{path}: should end in {checkpoint.suffix!r}, the format of {checkpoint.name}")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ModelError(
-            f"{path}: its folder does not exist or cannot be written to; name another file as out"
-        )
+        raise ModelError(f"{path}: its folder does not exist or is read-only; name another file as out")
     free, needed = shutil.disk_usage(path.parent).free, checkpoint.stat().st_size
     if free < needed:
         raise ModelError(f"{path}: no room to write it; it takes {needed:,} bytes, {free:,} are free")
@@ -254,14 +238,12 @@ def out_path(checkpoint: str | Path, out: str | Path = "") -> Path:
 def check_folder(folder: Folder) -> None:
     """Raise DataError where a class has fewer than two images: one to clean with, one to measure on."""
     counts = folder.data.labels.bincount(minlength=len(folder.classes))
-    few = [
-        f"{name} ({count})" for name, count in zip(folder.classes, counts.tolist(), strict=True) if count < 2
-    ]
+    few = [f"{name} ({n})" for name, n in zip(folder.classes, counts.tolist(), strict=True) if n < 2]
     if few:
-        skipped = ", ".join(f"{path} ({reason})" for path, reason in folder.skipped[:3])
+        skipped = [f"{path} ({reason})" for path, reason in folder.skipped]
         raise DataError(
-            f"fewer than 2 images in {len(few)} of {len(folder.classes)} classes: {', '.join(few[:6])}"
-            + (f"; {len(folder.skipped)} do not decode: {skipped}" if skipped else "")
+            f"fewer than 2 images in {len(few)} of {len(folder.classes)} classes: {some(few)}; "
+            f"{len(skipped)} do not decode: {some(skipped)}"
         )
 
 

@@ -8,26 +8,31 @@ same rules find for I-BAU+, ours, stands beside them in numbers and is no verdic
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import median
-from typing import NamedTuple
 
 import pandas as pd
 from scipy import stats
 
-from ibau.report.frame import BASELINES, IBAU, IBAU_PLUS, SIGHTED, over_seeds, published, recorded
-from ibau.report.tables import LEAST, NEAR, beside_best, ratios
-from ibau.study import grid
-from ibau.study.records import figures_dir
-
-VERDICTS = HOLDS, PARTLY, FAILS, UNDECIDED, UNMEASURED = (
-    "holds",
-    "holds in part",
-    "does not hold",
-    "not decided",  # the interval is wider than the difference that matters
-    "not measured",
+from ibau.data.splits import CLEAN_SIZE
+from ibau.report.frame import (
+    BASELINES,
+    CONTROL,
+    IBAU,
+    IBAU_PLUS,
+    SIGHTED,
+    over_seeds,
+    published,
+    recorded,
+    which,
 )
+from ibau.report.tables import LEAST, NEAR, beside_best, ratios
+from ibau.study.cells import REAL, SWEEPS
+from ibau.study.records import figures_dir
+from ibau.study.settings import VictimSettings
+
+HOLDS, PARTLY, FAILS = "holds", "holds in part", "does not hold"
+UNDECIDED = "not decided"  # the interval is wider than the difference that matters
+UNMEASURED = "not measured"
 NOTHING = UNMEASURED, "–"
-REAL = ("cifar10", "gtsrb")  # the paper's data sets; each at both of the profiles that are meant for them
 MANY = 5  # attacks of the nine, on each data set, before a comparison over attacks holds
 CONFIDENCE = 0.95
 MATTERS = 1.0  # points of ASR or ACC; a smaller difference counts as none
@@ -39,7 +44,7 @@ class Evidence:
 
     theory    `figures/data/theory.csv`, a row a check of notebook 03: claim, case, n, measured, bound, whole
     implicit  `figures/data/implicit_runs.csv`, a row a run of notebook 12
-    cells     what is `recorded` of the grid's tables on real images, with a column `table`
+    cells     what is `recorded` of SWEEPS on real images, with a column `sweep`
     algorithm the label of the one that is judged by its cells
     """
 
@@ -54,33 +59,25 @@ class Evidence:
         return replace(self, **nothing, algorithm=IBAU_PLUS)
 
     def rows(self, *names: str) -> pd.DataFrame:
-        """The cells of these tables."""
-        return self.cells[self.cells["table"].isin(names)]
+        """The cells of these sweeps."""
+        return self.cells[self.cells["sweep"].isin(names)]
 
     def of(self, *names: str) -> pd.DataFrame:
-        """The cells of these tables, seeds together, as `over_seeds` gives them."""
+        """The cells of these sweeps, seeds together, as `over_seeds` gives them."""
         return over_seeds(self.rows(*names))
 
 
 def gather() -> Evidence:
-    """The evidence in `figures/data`; a table that is not there is empty."""
-    folder = figures_dir() / "data"
-
-    def table(name: str, *columns: str) -> pd.DataFrame:
-        return pd.read_csv(folder / name) if (folder / name).exists() else pd.DataFrame(columns=columns)
-
-    among = published()
+    """The evidence in `figures/data`."""
+    folder, among = figures_dir() / "data", published()
     cells = [
-        recorded(name, profile, dataset, among=among).assign(table=name)
-        for name in grid.TABLES
-        for profile in ("desk", "paper")
+        recorded(name, profile, dataset, among=among).assign(sweep=name)
+        for name in SWEEPS
+        for profile in ("desk", "paper")  # which are meant for real images
         for dataset in REAL
     ]
-    return Evidence(
-        table("theory.csv", "claim", "case", "n", "measured", "bound", "whole"),
-        table("implicit_runs.csv", "method"),
-        pd.concat(cells, ignore_index=True),
-    )
+    theory, implicit = (pd.read_csv(folder / name) for name in ("theory.csv", "implicit_runs.csv"))
+    return Evidence(theory, implicit, pd.concat(cells, ignore_index=True))
 
 
 # ---- the claims
@@ -90,7 +87,7 @@ def c1(found: Evidence) -> tuple[str, str]:
     """Holds where the algorithm meets the goal on 9 of 10 attacked models, in part from half of them on.
 
     The goal: ACC down by 2 points at most, ASR 10% at most. Models of the single-target and multi-target
-    tables on real images.
+    sweeps on real images.
     """
     own = found.of("single-target", "multi-target")
     own = own[(own["defence"] == found.algorithm) & own["run"] & (own["attack"] != "clean")]
@@ -132,7 +129,7 @@ def c3(found: Evidence) -> tuple[str, str]:
     helps = [_shown((-asr[0], -asr[2], -asr[1])), _shown(acc)]
     unstable = [_shown(rise), _shown(fall)]
     said = f"ASR with the term less without {_interval(asr)}; rise of ASR, naive less with {_interval(rise)}"
-    said = f"{said} points ({CONFIDENCE:.0%} intervals)"
+    said += f" points ({CONFIDENCE:.0%} intervals)"
     parts = [True if True in part else None if None in part else False for part in (helps, unstable)]
     if True in parts:
         return (HOLDS if all(parts) else PARTLY), said
@@ -156,8 +153,8 @@ def c4(found: Evidence) -> tuple[str, str]:
         return PARTLY, f"{said}; on networks not measured"
     shrinks = runs["contraction"] < 1
     said += f"; on networks the series contracts in {shrinks.sum()} of {len(runs)}"
-    residual = f"residual after 5 terms {runs['residual'].mean():.2f}"
-    return (HOLDS if shrinks.all() else PARTLY), f"{said}, {residual}"
+    said += f", residual after 5 terms {runs['residual'].mean():.2f}"
+    return (HOLDS if shrinks.all() else PARTLY), said
 
 
 def c5(found: Evidence) -> tuple[str, str]:
@@ -197,7 +194,8 @@ def c6(found: Evidence) -> tuple[str, str]:
     return (PARTLY if near.mean() >= 0.5 else FAILS), said
 
 
-AXES = {  # axis -> its tables, and the column in which it runs
+USUAL = 100 * VictimSettings.poison_ratio  # percent poisoned
+AXES = {  # axis -> its sweeps, and the column in which it runs
     "attack": (("single-target", "multi-target"), "attack"),
     "poison": (("poison-ratio",), "ratio"),
     "clean set": (("clean-size",), "clean"),
@@ -207,49 +205,65 @@ AXES = {  # axis -> its tables, and the column in which it runs
 def c7(found: Evidence) -> tuple[str, str]:
     """Along each axis (attack, poison ratio, clean set), the cells at the goal, of those that both ran.
 
-    An axis is won where no baseline with at least 3 such cells, not all at one point of the axis, has more of
-    them than the algorithm. Holds where all three axes are, in part where one is. Along the clean set only
-    those count that use clean images.
+    A cell counts on one axis alone: at the usual ratio and size it is one of the attack axis. An axis is won
+    where neither fine-tuning nor a baseline with at least 3 such cells, not all at one point of the axis, has
+    more of them than the algorithm. Holds where all three axes are, in part where one is. Along the clean set
+    only those count that use clean images.
     """
     won, said = [], []
     for axis, (names, along) in AXES.items():
         rows = found.of(*names)
+        if axis == "poison":
+            rows = rows[rows["ratio"] != USUAL]
         if axis == "clean set":
-            rows = rows[rows["defence"].isin(SIGHTED)]
+            fewer = rows["clean"] < rows["dataset"].map(CLEAN_SIZE)
+            rows = rows[fewer & rows["defence"].isin(SIGHTED)]
         beside = _at_goal(rows, found.algorithm, along)
-        if beside:
-            label, one = max(beside.items(), key=lambda item: (item[1].theirs - item[1].own) / item[1].n)
-            won.append(all(other.theirs <= other.own for other in beside.values()))
-            said.append(f"{axis}: {found.algorithm} {one.own}, {label} {one.theirs} of {one.n}")
-        else:
+        if beside.empty:
             said.append(f"{axis}: not compared")
+            continue
+        won.append((beside["theirs"] <= beside["own"]).all())
+        best = beside.loc[((beside["theirs"] - beside["own"]) / beside["n"]).idxmax()]
+        said.append(f"{axis}: {found.algorithm} {best.own}, {best.name} {best.theirs} of {best.n}")
     if not won:
         return NOTHING
     verdict = HOLDS if sum(won) == len(AXES) else PARTLY if any(won) else FAILS
-    return verdict, f"cells at the goal, beside the best baseline: {'; '.join(said)}"
+    return verdict, f"cells at the goal, beside the best of the others: {'; '.join(said)}"
 
 
 def c8(found: Evidence) -> tuple[str, str]:
-    """Seconds of the fastest baseline that meets the goal over the algorithm's, a ratio a model.
+    """Seconds to take effect: the fastest baseline's over the algorithm's, a ratio a model.
 
-    Whole runs of the single-target table, on one kind of device with the same number of threads. Holds where
-    the median is at least 13, the paper's figure; in part where it is at least 2: what else a machine does
-    makes less of a difference.
+    A run has taken effect when it first meets the goal on the watched images. Runs of the single-target
+    sweep, on one kind of device with the same number of threads. Holds where the median is at least 13, the
+    paper's figure; in part where it is at least 2: what else a machine does makes less of a difference. The
+    same ratio of whole runs that meet the goal stands beside it.
     """
-    times = ratios(found.rows("single-target"), found.algorithm)
-    times = times[times["defence"].isin(BASELINES) & (times["attack"] != "clean")]
-    effective, of_all = [], []
-    for _, same in times.groupby(["profile", "dataset", "attack", "seed", "device"], sort=False):
-        if len(same) >= LEAST:
-            of_all.append(same["times"].min())
-            effective += same[same["good"]].nsmallest(1, "times")["times"].tolist()
-    if not effective:
-        return NOTHING
-    middle = median(effective)
-    spread = f"{min(effective):.1f} to {max(effective):.1f} on {len(effective)} models"
-    said = f"the fastest baseline at the goal takes {middle:.1f} times as long ({spread})"
-    said += f"; the fastest of all {median(of_all):.1f}"
+    rows = found.rows("single-target")
+    whole = _fastest(rows, found.algorithm, "seconds")
+    said = f"whole runs: {_times(whole)}" if len(whole) else ""
+    effect = _fastest(rows, found.algorithm, "to_effect")
+    if effect.empty:
+        return (UNMEASURED, f"time to effect not measured; {said}") if said else NOTHING
+    said = f"time to effect of the fastest baseline: {_times(effect)}{'; ' * bool(said)}{said}"
+    middle = effect.median()
     return (HOLDS if middle >= 13 else PARTLY if middle >= 2 else FAILS), said
+
+
+def _fastest(rows: pd.DataFrame, algorithm: str, of: str) -> pd.Series:
+    """A ratio a model with LEAST baselines or more: the fastest of those at the goal over the algorithm."""
+    times = ratios(rows, algorithm, of)
+    times = times[times["defence"].isin(BASELINES) & (times["attack"] != "clean")]
+    model = ["profile", "dataset", "attack", "seed", "device"]
+    times = times[times.groupby(model)["times"].transform("size") >= LEAST]
+    if of == "seconds":
+        times = times[times["good"].astype(bool)]
+    return times.groupby(model)["times"].min()
+
+
+def _times(of_models: pd.Series) -> str:
+    spread = f"{of_models.min():.1f} to {of_models.max():.1f} on {len(of_models)} models"
+    return f"{of_models.median():.1f} times as long ({spread})"
 
 
 def c9(found: Evidence) -> tuple[str, str]:
@@ -260,43 +274,35 @@ def c9(found: Evidence) -> tuple[str, str]:
     """
     few = found.of("clean-size")
     few = few[(few["clean"] == 100) & few["defence"].isin(SIGHTED)]
-    beside = _at_goal(few, found.algorithm)
-    if not beside:
+    beside = _at_goal(few, found.algorithm).drop(CONTROL, errors="ignore")
+    if beside.empty:
         return NOTHING
     own = few[(few["defence"] == found.algorithm) & few["run"]]
     good, n = int(own["good"].sum()), len(own)
-    label, best = max(beside.items(), key=lambda item: item[1].theirs / item[1].n)
-    said = f"at the goal on {good} of {n} models; best baseline {label}, {best.theirs} of {best.n}"
-    if good == n and not any(other.theirs for other in beside.values()):
+    best = beside.loc[(beside["theirs"] / beside["n"]).idxmax()]
+    said = f"at the goal on {good} of {n} models; best baseline {best.name}, {best.theirs} of {best.n}"
+    if good == n and not beside["theirs"].any():
         return HOLDS, said
-    ahead = all(other.theirs < other.own for other in beside.values())
+    ahead = (beside["theirs"] < beside["own"]).all()
     return (PARTLY if good >= n / 2 and ahead else FAILS), said
 
 
-class AtGoal(NamedTuple):
-    """Cells that both an algorithm and a baseline ran: at the goal with the one, with the other, and all."""
+def _at_goal(means: pd.DataFrame, algorithm: str, along: str = "") -> pd.DataFrame:
+    """The algorithm beside fine-tuning and each baseline, a row each: `n` attacked models that both ran.
 
-    own: int
-    theirs: int
-    n: int
-
-
-def _at_goal(means: pd.DataFrame, algorithm: str, along: str = "") -> dict[str, AtGoal]:
-    """The algorithm beside each baseline with which it has at least LEAST attacked models in common.
-
-    Baselines whose cells all have the same value in the column `along` do not count.
+    LEAST of them or more.
+    `own` of them are at the goal with the algorithm, `theirs` with the baseline. Baselines whose cells all
+    have the same value in the column `along` do not count.
     """
-    models = ["profile", "dataset", "attack", "ratio", "clean"]
     done = means[means["run"] & (means["attack"] != "clean")]
-    wide = done.pivot(index=models, columns="defence", values="good")
-    found = {}
-    for label in BASELINES:
-        if algorithm in wide and label in wide:
-            both = wide[[algorithm, label]].dropna()
-            varies = not along or len(both.index.unique(along)) > 1
-            if len(both) >= LEAST and varies:
-                found[label] = AtGoal(int(both[algorithm].sum()), int(both[label].sum()), len(both))
-    return found
+    wide = done.pivot(index=which(means, "defence"), columns="defence", values="good")
+    wide = wide.reindex(columns=[algorithm, CONTROL, *BASELINES])
+    lines = {}
+    for label in (CONTROL, *BASELINES):
+        both = wide[[algorithm, label]].dropna()
+        if len(both) >= LEAST and (not along or len(both.index.unique(along)) > 1):
+            lines[label] = (int(both[algorithm].sum()), int(both[label].sum()), len(both))
+    return pd.DataFrame.from_dict(lines, orient="index", columns=["own", "theirs", "n"])
 
 
 Interval = tuple[float, float, float]  # a mean, and the ends of its interval
@@ -304,12 +310,8 @@ Interval = tuple[float, float, float]  # a mean, and the ends of its interval
 
 def _difference(runs: pd.DataFrame, value: str, method: str, other: str) -> Interval | None:
     """Mean of method less other over victims that both met (Student's t); None for too few of them."""
-    if runs.empty:
-        return None
     victims = ["dataset", "attack", "rounds", "outer_steps", "seed"]
-    wide = runs.pivot(index=victims, columns="method", values=value)
-    if not {method, other} <= set(wide):
-        return None
+    wide = runs.pivot(index=victims, columns="method", values=value).reindex(columns=[method, other])
     x = (wide[method] - wide[other]).dropna()
     if len(x) < LEAST:
         return None
@@ -337,34 +339,28 @@ class Claim:
 
     says: str
     judge: Callable[[Evidence], tuple[str, str]]
-    notebooks: tuple[str, ...]
+    notebooks: str
 
 
 CLAIMS = {
-    "C1": Claim("removal is a minimax, on a small clean set", c1, ("03", "04")),
-    "C2": Claim("much of earlier work is a special case of it", c2, ("03",)),
-    "C3": Claim("the implicit hypergradient solves it; the naive heuristic is unstable", c3, ("12",)),
-    "C4": Claim("error and convergence are bounded", c4, ("03", "12")),
-    "C5": Claim("robustness on the clean set carries over to unseen images", c5, ("03",)),
-    "C6": Claim("comparable to the best of six baselines, most often better", c6, ("06", "07", "08")),
-    "C7": Claim("more robust to attack, poison ratio and clean set", c7, ("06", "09", "10")),
-    "C8": Claim("more than 13 times faster than the most efficient baseline", c8, ("11",)),
-    "C9": Claim("works with 100 clean images, where every baseline fails", c9, ("10",)),
+    "C1": Claim("removal is a minimax, on a small clean set", c1, "03, 04"),
+    "C2": Claim("much of earlier work is a special case of it", c2, "03"),
+    "C3": Claim("the implicit hypergradient solves it; the naive heuristic is unstable", c3, "12"),
+    "C4": Claim("error and convergence are bounded", c4, "03, 12"),
+    "C5": Claim("robustness on the clean set carries over to unseen images", c5, "03"),
+    "C6": Claim("comparable to the best of six baselines, most often better", c6, "06, 07, 08"),
+    "C7": Claim("more robust to attack, poison ratio and clean set", c7, "06, 09, 10"),
+    "C8": Claim("more than 13 times faster than the most efficient baseline", c8, "11"),
+    "C9": Claim("works with 100 clean images, where every baseline fails", c9, "10"),
 }
 
 
 def judged(found: Evidence) -> pd.DataFrame:
     """A row a claim: what it says, the verdict on I-BAU, its numbers and I-BAU+'s, the notebooks."""
-    rows = {}
-    for name, claim in CLAIMS.items():
+    lines = []
+    for claim in CLAIMS.values():
         verdict, measured = claim.judge(found)
         _, ours = claim.judge(found.on_ours())
-        numbers = ", ".join(claim.notebooks)
-        rows[name] = {
-            "the paper": claim.says,
-            "here": verdict,
-            "measured": measured,
-            f"{IBAU_PLUS}, ours": ours,
-            "notebook": numbers,
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("claim")
+        lines.append((claim.says, verdict, measured, ours, claim.notebooks))
+    columns = ["the paper", "here", "measured", f"{IBAU_PLUS}, ours", "notebook"]
+    return pd.DataFrame(lines, index=pd.Index(CLAIMS, name="claim"), columns=columns)

@@ -30,29 +30,29 @@ from ibau.report.frame import (
 )
 from ibau.report.readme import write_readme
 from ibau.report.tables import left_out, ran, ratios, split_note
-from ibau.study import grid
+from ibau.study.cells import REAL, SWEEPS
 from ibau.study.records import Records, figures_dir
 
 PALETTE = sns.color_palette("colorblind")
 RIGHT, ATTACKED, MUTED = PALETTE[2], PALETTE[3], PALETTE[7]
-MARKS = dict(zip(LABELS.values(), "xPsv^DdX*o", strict=True))  # in the order of DEFENCES: I-BAU, I-BAU+ last
-SHADES = MUTED, *(PALETTE[i] for i in (5, 0, 9, 4, 1, 6, 3)), (0.0, 0.0, 0.0), PALETTE[2]
+MARKS = dict(zip(LABELS.values(), "x1Psv^DdX+*o", strict=True))  # in the order of DEFENCES
+GREY, BLACK = (0.5, 0.5, 0.5), (0.0, 0.0, 0.0)
+SHADES = MUTED, *(PALETTE[i] for i in (5, 8, 0, 9, 4, 1, 6, 3)), GREY, BLACK, PALETTE[2]
 COLOURS = dict(zip(LABELS.values(), SHADES, strict=True))
 
 
 def style() -> None:
     """The one look of all figures: call it once, at the top of a notebook."""
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.85)
-    mpl.rcParams.update(
-        {
-            "figure.dpi": 90,
-            "figure.constrained_layout.use": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": "medium",
-            "legend.frameon": False,
-        }
-    )
+    look = {
+        "figure.dpi": 90,
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": "medium",
+        "legend.frameon": False,
+        "svg.hashsalt": "ibau",  # the same picture gives the same file
+    }
+    sns.set_theme("notebook", "ticks", "colorblind", font_scale=0.85, rc=look)
 
 
 # ---- images and rates
@@ -127,7 +127,11 @@ def plot_label_map(ax: Axes, wanted: dict[str, Tensor], classes: tuple[str, ...]
             ax.scatter(label, true, s=size, marker="s", color=colour if attacked else "lightgrey")
         ax.scatter([], [], s=45, marker="s", color=colour, label=trigger)
     ax.axline((0, 0), slope=1, color="lightgrey", linewidth=1, zorder=0)  # the true labels
-    ticks, names, rotation = class_ticks(classes)
+    ticks, names, rotation = range(n), [short(name, 5) for name in classes], 0
+    if n > 10:  # every tenth, by its number
+        ticks, names = ticks[::10], [str(i) for i in ticks[::10]]
+    elif max(map(len, names)) > 2:
+        rotation = 90
     ax.set(xlim=(-0.6, n - 0.4), ylim=(n - 0.4, -0.6), aspect="equal")
     ax.set_xticks(ticks, names, rotation=rotation)
     ax.set_yticks(ticks, names)
@@ -136,16 +140,7 @@ def plot_label_map(ax: Axes, wanted: dict[str, Tensor], classes: tuple[str, ...]
     return ax
 
 
-def class_ticks(classes: tuple[str, ...]) -> tuple[list[int], list[str], int]:
-    """Places, names and rotation of the ticks of an axis of classes; of many, every tenth by its number."""
-    if len(classes) > 10:
-        ticks = list(range(0, len(classes), 10))
-        return ticks, [str(i) for i in ticks], 0
-    names = [short(name, 5) for name in classes]
-    return list(range(len(classes))), names, 90 if max(map(len, names)) > 2 else 0
-
-
-# ---- tables of the grid
+# ---- cells of the grid
 
 
 def plot_cells(axes, rows: pd.DataFrame):
@@ -173,13 +168,13 @@ def plot_cells(axes, rows: pd.DataFrame):
 
 def _draw_cell(ax: Axes, x: int, y: int, row, value: str, shade: float, colours) -> None:
     measured = getattr(row, value)
-    style = {"color": "whitesmoke", "hatch": "////", "edgecolor": "lightgrey"}
-    if row.run:
-        style = {"color": "white" if pd.isna(measured) else colours(0.75 * min(1.0, shade))}
-    ax.barh(y, 0.96, 0.92, left=x - 0.48, **{**style, "linewidth": 0})
-    text = "not run" if not row.run else "" if pd.isna(measured) else f"{measured:.1f}"
+    style = {"color": "white" if pd.isna(measured) else colours(0.75 * min(1.0, shade))}
+    text, size = "" if pd.isna(measured) else f"{measured:.1f}", "small"
+    if not row.run:
+        style = {"color": "whitesmoke", "hatch": "////", "edgecolor": "lightgrey"}
+        text, size = "not run", "xx-small"
+    ax.barh(y, 0.96, 0.92, left=x - 0.48, linewidth=0, **style)
     bold = "bold" if value == "asr" and row.good else "normal"
-    size = "small" if row.run else "xx-small"
     ax.text(x, y, text, ha="center", va="center", fontsize=size, fontweight=bold)
 
 
@@ -218,9 +213,8 @@ def plot_attacks_along(rows: pd.DataFrame, along: str, title: str) -> Figure:
         lines |= {line.get_label(): line for line in pair[0].lines}
     for ax in axes[:, 1:].flat:
         ax.set_ylabel("")
-    shown = [label for label in LABELS.values() if label in lines]
-    handles = [lines[label] for label in shown]
-    axes[0, -1].legend(handles, shown, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    lines = {label: lines[label] for label in LABELS.values() if label in lines}
+    axes[0, -1].legend(lines.values(), lines, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     return _noted(figure, rows)
 
 
@@ -280,39 +274,37 @@ def draw_rounds(records: list[dict], path: Path) -> None:
     style()
     both = usual(records, "ibau") + usual(records, "ibau_plus")
     both = [record for record in both if record["curve"] and record["after"]["asr"] is not None]
-    panels = {}
-    for record in both:
-        about = record["settings"]
-        sizes = panels.setdefault((about["victim"]["dataset"], LABELS[about["defence"]]), {})
-        sizes.setdefault(about["clean_images"], []).append(record)
+    rows = of_records(both).assign(record=both)
+    panels = list(rows.groupby(["dataset", "defence"]))
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 2.7), sharey=True, squeeze=False)
-    for ax, ((dataset, label), sizes) in zip(axes[0], sorted(panels.items()), strict=True):
-        same = sizes[max(sizes)]
-        for i, record in enumerate(same):
+    for ax, ((dataset, label), same) in zip(axes[0], panels, strict=True):
+        most = same["clean"].max()
+        shown = same[same["clean"] == most]["record"]
+        for i, record in enumerate(shown):
             plot_rounds(ax, record, legend=ax is axes[0, 0] and i == 0)
-        models = f"{len(same)} model{'s' * (len(same) > 1)}"
-        ax.set_title(f"{label}, {dataset},\n{max(sizes):,} clean images, {models}")
-    _save(_noted(figure, of_records(both)), path)
+        models = f"{len(shown)} model{'s' * (len(shown) > 1)}"
+        ax.set_title(f"{label}, {dataset},\n{most:,} clean images, {models}")
+    _save(_noted(figure, rows), path)
 
 
-def draw_tables(folder: Path) -> list[str]:
-    """The tables recorded on real images, a figure each; returns the names, such as single_target_cifar10.
+def draw_sweeps(folder: Path) -> list[str]:
+    """The sweeps recorded on real images, a figure each; returns the names, such as single_target_cifar10.
 
-    Of the paper profile where it was run, else of desk. A table that runs along a column is drawn where
+    Of the paper profile where it was run, else of desk. A sweep that runs along a column is drawn where
     baselines that use clean images were run at two of its values or more.
     """
     style()
     drawn, sighted = {}, set(SIGHTED) & set(BASELINES)
-    for dataset in ("cifar10", "gtsrb"):
-        for table in grid.TABLES:
-            for profile, rows in list(recorded_at(table, dataset).items())[:1]:
-                name, title = f"{table.replace('-', '_')}_{dataset}", f"{dataset}, {profile}"
-                along = {"poison-ratio": "ratio", "clean-size": "clean"}.get(table)
+    for dataset in REAL:
+        for sweep in SWEEPS:
+            for profile, rows in list(recorded_at(sweep, dataset).items())[:1]:
+                name, title = f"{sweep.replace('-', '_')}_{dataset}", f"{dataset}, {profile}"
+                along = {"poison-ratio": "ratio", "clean-size": "clean"}.get(sweep)
                 if along is None:
                     drawn[name] = _pair(plot_cells, rows, title, 1.6 + 0.3 * rows["attack"].nunique())
                 elif rows[rows["run"] & rows["defence"].isin(sighted)][along].nunique() > 1:
                     drawn[name] = plot_attacks_along(rows, along, title)
-                if table == "single-target":
+                if sweep == "single-target":
                     drawn[f"seconds_{dataset}"] = _pair(plot_seconds, rows, title, 3.1)
     for name, figure in drawn.items():
         _save(figure, folder / name)
@@ -333,8 +325,7 @@ def _noted(figure: Figure, rows: pd.DataFrame) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """As PNG and SVG; the same picture gives the same file."""
-    mpl.rcParams["svg.hashsalt"] = "ibau"
+    """As PNG and SVG."""
     figure.savefig(path.with_suffix(".png"), dpi=150)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
@@ -342,5 +333,5 @@ def _save(figure: Figure, path: Path) -> None:
 
 if __name__ == "__main__":
     draw_rounds(Records().defences(), figures_dir() / "rounds")
-    draw_tables(figures_dir())
+    draw_sweeps(figures_dir())
     write_readme(figures_dir().parent / "README.md")

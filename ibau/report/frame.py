@@ -1,6 +1,7 @@
 """Records -> tidy frames, a row a cell of the grid or a record; all tables, claims and figures start here."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 
@@ -9,14 +10,15 @@ import pandas as pd
 from ibau.data.splits import CLEAN_SIZE
 from ibau.defences import DEFENCES
 from ibau.defences.inversion import POLICIES
-from ibau.study import grid
+from ibau.study.cells import NONE, SWEEPS, Cell
 from ibau.study.records import Records
 from ibau.study.settings import STANDARD, VictimSettings
 
 UNDEFENDED = "none"  # the label of the column without a defence
-LABELS = {grid.NONE: UNDEFENDED, **{name: d.label for name, d in DEFENCES.items()}}
+LABELS = {NONE: UNDEFENDED, **{name: d.label for name, d in DEFENCES.items()}}
 IBAU, IBAU_PLUS, CONTROL = (LABELS[name] for name in ("ibau", "ibau_plus", "finetune"))  # the paper's; ours
-BASELINES = tuple(d.label for d in DEFENCES.values() if d.label not in (IBAU, IBAU_PLUS, CONTROL))  # the six
+SIX = ("nc", "tabor", "deepinspect", "fine_pruning", "nad", "dp_sgd")
+BASELINES = tuple(LABELS[name] for name in SIX)  # the paper's
 SIGHTED = tuple(d.label for d in DEFENCES.values() if d.sees == "clean")  # who use clean images
 
 # What is asked for: at most so many points of ACC lost, and so much ASR left, in percent.
@@ -26,35 +28,30 @@ CLEAN_GOAL = 1  # points of ACC that a clean model may lose
 ASKED = ["dataset", "attack", "defence", "ratio", "clean", "seed"]
 MEASURED = ["acc_before", "acc", "change", "asr_before", "asr", "ra", "der"]
 COLUMNS = [*ASKED, "run", *MEASURED, "acc_n", "asr_n", "seconds", "memory_mb", "device", "train_images"]
-
-
-def misses(change: float, asr: float | None, clean_images: int) -> bool:
-    """Does this change of ACC in points, or this ASR in percent (None: a clean model), miss its goal?"""
-    lost, most = SMALL_GOAL.get(clean_images, GOAL)
-    if asr is None:
-        lost = max(CLEAN_GOAL, lost) if clean_images in SMALL_GOAL else CLEAN_GOAL
-    return round(change, 1) < -lost or (asr is not None and round(asr, 1) > most)
+COLUMNS += ["share", "to_effect", "to_effect_few"]
 
 
 def attack_label(victim: dict) -> str:
     """What a victim's settings are called: their label in STANDARD, "clean", or attack and target."""
     if victim["attack"] == "none":
         return "clean"
-    labels = {attack_and_target: label for label, attack_and_target in STANDARD.items()}
-    name = f"{victim['attack']} to {victim['target']}"
-    return labels.get((victim["attack"], victim["target"]), name)
+    attack_and_target = victim["attack"], victim["target"]
+    labels = [label for label, standard in STANDARD.items() if standard == attack_and_target]
+    return labels[0] if labels else "{} to {}".format(*attack_and_target)
 
 
 # ---- a row a cell, or a record
 
 
-def frame(found: Mapping[grid.Cell, dict | None]) -> pd.DataFrame:
+def frame(found: Mapping[Cell, dict | None]) -> pd.DataFrame:
     """A row a cell, rates in percent: what was asked for, and what was measured; nan where it was not run.
 
     dataset, attack, defence (labels), ratio (percent poisoned), clean (images), seed; run; acc_before, acc,
     change (of ACC, in points), asr_before, asr, ra, der; acc_n, asr_n (test images that ACC, and ASR and RA,
-    are shares of); seconds, memory_mb, device (with its threads); train_images (the attacker's). A clean
-    model has neither ASR nor RA nor DER. An undefended model is before what it is after.
+    are shares of); seconds, memory_mb, device (with its threads); train_images (the attacker's); share
+    (percent of the published schedule, where it was scaled); to_effect, to_effect_few (seconds until GOAL, or
+    the goal with 100 images, is met on the watched images; inf: never). A clean model has neither ASR nor RA
+    nor DER. An undefended model is before what it is after.
     """
     return _framed(
         {**_asked(asdict(cell.victim), cell.defence, _clean_size(cell)), **_measured(record)}
@@ -86,7 +83,7 @@ def of_victims(records: Iterable[dict]) -> pd.DataFrame:
         if alike not in same:
             same.append(alike)
         number = f" ({same.index(alike) + 1})" if same.index(alike) else ""
-        rows.append({**_asked(about, grid.NONE, 0), **_measured(record), "trained": words + number})
+        rows.append({**_asked(about, NONE, 0), **_measured(record), "trained": words + number})
     return _framed(rows, "trained")
 
 
@@ -136,7 +133,23 @@ def _measured(record: dict | None) -> dict:
         threads = f"{where['threads']} thread{'s' * (where['threads'] != 1)}"
         row |= {"seconds": record["seconds"], "memory_mb": record["peak_memory_mb"]}
         row["device"] = f"{where['device']}, {threads}"
+        row |= {"to_effect": _to_effect(record.get("curve", []), *GOAL)}
+        row |= {"to_effect_few": _to_effect(record.get("curve", []), *SMALL_GOAL[100])}
+        if record.get("effort"):
+            row["share"] = 100 * record["effort"]["share"]
     return row
+
+
+def _to_effect(curve: list[dict], lost: float, most: float) -> float:
+    """Seconds until the first point with at most `lost` points of ACC lost and `most` percent of ASR left.
+
+    inf where there is none; nan of curves without seconds, as of older records, and of clean models.
+    """
+    if len(curve) < 2 or not curve[0]["asr"] or "seconds" not in curve[0]:
+        return math.nan
+    least = curve[0]["acc"]["value"] - lost / 100
+    good = (p["seconds"] for p in curve if p["acc"]["value"] >= least and p["asr"]["value"] <= most / 100)
+    return next(good, math.inf)
 
 
 def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
@@ -157,18 +170,22 @@ def which(rows: pd.DataFrame, *but: str) -> list[str]:
 
 
 def good(row) -> bool | None:
-    """Does this row of a `frame` meet its goal? None: not run, or undefended."""
+    """Does this row of a `frame` meet its goal, as it is shown? None: not run, or undefended."""
     if not row.run or row.defence == UNDEFENDED:
         return None
-    return not misses(row.change, None if pd.isna(row.asr) else row.asr, row.clean)
+    lost, most = SMALL_GOAL.get(row.clean, GOAL)
+    clean_model = pd.isna(row.asr)
+    if clean_model and row.clean not in SMALL_GOAL:
+        lost = CLEAN_GOAL
+    return round(row.change, 1) >= -lost and (clean_model or round(row.asr, 1) <= most)
 
 
 # ---- cells and their records
 
 
 def match(
-    cells: Iterable[grid.Cell], records: Iterable[dict], victims: Iterable[dict] = ()
-) -> dict[grid.Cell, dict | None]:
+    cells: Iterable[Cell], records: Iterable[dict], victims: Iterable[dict] = ()
+) -> dict[Cell, dict | None]:
     """The record of each cell among `records` and, of undefended ones, `victims`; None where there is none.
 
     They are told by their settings and the defence's version, so that no data are needed. Where the policy of
@@ -182,6 +199,7 @@ def match(
         known.setdefault(_key(about["victim"]), undefended)
         for settings in _leading_to(record):
             asked = about["defence"], about["version"], settings, about["clean_images"], about["seed"]
+            asked = *asked, about.get("effort", 0.0)
             known.setdefault(_key(about["victim"], *asked), record)
     known |= {_key(record["settings"]): record for record in victims}
     return {cell: known.get(_key_of(cell)) for cell in cells}
@@ -195,12 +213,12 @@ def _leading_to(record: dict) -> list[dict]:
     return [settings]
 
 
-def _key_of(cell: grid.Cell) -> str:
-    if cell.defence == grid.NONE:
+def _key_of(cell: Cell) -> str:
+    if cell.defence == NONE:
         return _key(asdict(cell.victim))
     chosen = DEFENCES[cell.defence]
     images = _clean_size(cell) if chosen.sees == "clean" else 0
-    asked = cell.defence, chosen.version, asdict(cell.settings), images, cell.seed
+    asked = cell.defence, chosen.version, asdict(cell.settings), images, cell.seed, cell.effort
     return _key(asdict(cell.victim), *asked)
 
 
@@ -209,7 +227,7 @@ def _key(victim: dict, *defence) -> str:
     return json.dumps([named, *defence], sort_keys=True)
 
 
-def _clean_size(cell: grid.Cell) -> int:
+def _clean_size(cell: Cell) -> int:
     return cell.clean_size or CLEAN_SIZE[cell.victim.dataset]
 
 
@@ -232,25 +250,23 @@ def usual(records: Iterable[dict], defence: str) -> list[dict]:
     ]
 
 
-def recorded(
-    table: str, profile: str, dataset: str, *, among: tuple[list[dict], list[dict]] | None = None
-) -> pd.DataFrame:
-    """The `frame` of one of `grid.TABLES`, from the records in `among` (None: what `published` gives).
+def recorded(sweep: str, profile: str, dataset: str, *, among: tuple | None = None) -> pd.DataFrame:
+    """The `frame` of one of SWEEPS, from the records in `among` (None: what `published` gives).
 
     Of seed 0 all cells, of others those that were run; with the profile in a column of its own.
     """
     records, victims = among or published()
     known = [record["settings"] for record in [*records, *victims]]
     seeds = {0} | {about["seed"] for about in known if about.get("victim", about)["dataset"] == dataset}
-    rows = frame(match(grid.TABLES[table](profile, dataset, sorted(seeds)), records, victims))
+    rows = frame(match(SWEEPS[sweep].cells(profile, dataset, sorted(seeds)), records, victims))
     return rows[rows["run"] | (rows["seed"] == 0)].reset_index(drop=True).assign(profile=profile)
 
 
-def recorded_at(table: str, dataset: str) -> dict[str, pd.DataFrame]:
-    """Profile -> what is `recorded` of a table at it, for the profiles at which any defence was run."""
+def recorded_at(sweep: str, dataset: str) -> dict[str, pd.DataFrame]:
+    """Profile -> what is `recorded` of a sweep at it, for the profiles at which any defence was run."""
     profiles = ("quick",) if dataset == "mnist5k" else ("paper", "desk")
     among = published()
-    found = {profile: recorded(table, profile, dataset, among=among) for profile in profiles}
+    found = {profile: recorded(sweep, profile, dataset, among=among) for profile in profiles}
     return {name: rows for name, rows in found.items() if rows["seconds"].notna().any()}
 
 

@@ -28,9 +28,8 @@ def results_markdown(records: list[dict]) -> str:
 
 def victims_markdown(records: list[dict]) -> str:
     """ACC and ASR of each victim of the STANDARD settings, a column for each way of training."""
-    labels = {"clean", *STANDARD}
-    standard = [r["settings"]["strength"] is None and attack_label(r["settings"]) in labels for r in records]
-    rows = of_victims(record for record, kept in zip(records, standard, strict=True) if kept)
+    plain = [record for record in records if record["settings"]["strength"] is None]
+    rows = of_victims(record for record in plain if attack_label(record["settings"]) in {"clean", *STANDARD})
     table = _markdown(tables.victims_table(rows), "ACC / ASR in %")
     return "\n\n".join(filter(None, [table, tables.split_note(rows)]))
 

@@ -1,20 +1,11 @@
 """Tidy frames -> tables and sentences: what was measured, what meets the goal, and what was not run."""
 
+from collections.abc import Callable
+
 import pandas as pd
 
 from ibau.measure.intervals import wilson
-from ibau.report.frame import (  # noqa: F401  (for the notebooks)
-    BASELINES,
-    IBAU,
-    IBAU_PLUS,
-    UNDEFENDED,
-    frame,
-    good,
-    over_seeds,
-    recorded_at,
-    where_run,
-    which,
-)
+from ibau.report.frame import BASELINES, IBAU, IBAU_PLUS, UNDEFENDED, good, over_seeds, which
 from ibau.study.settings import STANDARD
 
 LEAST = 3  # baselines beside an algorithm on a model: with fewer nothing is compared
@@ -24,7 +15,6 @@ EARLIER_SPLIT = (
     "The GTSRB records are of an earlier split, in which the clean set and the test set were halves of the "
     "test split and show the same signs."
 )
-OURS = IBAU  # for notebooks 06 to 11, until they say IBAU or IBAU_PLUS
 
 
 # ---- what was not run, and on which images
@@ -57,12 +47,10 @@ def split_note(rows: pd.DataFrame) -> str:
 def rates_table(rows: pd.DataFrame, along: str = "attack") -> pd.DataFrame:
     """ACC / ASR in percent of a `frame`, seeds together: a row for each value of `along`, a column a defence.
 
-    * marks what misses its goal, see `misses`; the number of seeds is named where it is not 1. Cells that
+    * marks what misses its goal, see `good`; the number of seeds is named where it is not 1. Cells that
     were never run say so; a defence without any record is left out, see `left_out`.
     """
-    means = over_seeds(ran(rows))
-    cells = pd.Series([_rates(row) for row in means.itertuples()], index=[means[along], means["defence"]])
-    return _table(cells, means[along].unique(), means["defence"].unique())
+    return _table(over_seeds(ran(rows)), along, "defence", _rates)
 
 
 def removal_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -75,37 +63,35 @@ def removal_table(rows: pd.DataFrame) -> pd.DataFrame:
     sizes = means.groupby("dataset")["clean"]
     ends = means[(means["clean"] == sizes.transform("max")) | (means["clean"] == sizes.transform("min"))]
     ends = ends.sort_values(["dataset", "clean"], ascending=[True, False])
-    columns = ends["dataset"] + ends["clean"].map(", {:,} clean".format)
-    cells = pd.Series([_change(row) for row in ends.itertuples()], index=[ends["attack"], columns])
-    known = set(ends["attack"])
-    return _table(cells, [label for label in ("clean", *STANDARD) if label in known], columns.unique())
+    ends = ends.assign(images=ends["dataset"] + ends["clean"].map(", {:,} clean".format))
+    table = _table(ends, "attack", "images", _change)
+    return table.reindex(label for label in ("clean", *STANDARD) if label in table.index)
 
 
 def victims_table(rows: pd.DataFrame) -> pd.DataFrame:
     """ACC / ASR in percent of a frame of `of_victims`: a row an attack, a column each way of training."""
-    means = rows.groupby(["attack", "trained"], sort=False)[["acc", "asr"]].mean()
-    cells = pd.Series(
-        [_pair(row.acc, row.asr) for row in means.itertuples()], index=means.index, dtype=object
-    )
-    return _table(cells, ["clean", *STANDARD], rows["trained"].unique())
+    means = rows.groupby(["attack", "trained"], sort=False)[["acc", "asr"]].mean().reset_index()
+    return _table(means, "attack", "trained", _pair).reindex(["clean", *STANDARD], fill_value="not run")
 
 
-def _table(cells: pd.Series, index, columns) -> pd.DataFrame:
-    """The cells as a table with rows and columns in this order."""
-    table = cells.unstack().reindex(index=index, columns=columns).fillna("not run")
+def _table(rows: pd.DataFrame, index: str, columns: str, words: Callable) -> pd.DataFrame:
+    """The rows in words, one below and beside the other by these two columns, in the order they come in."""
+    table = rows.assign(words=[words(row) for row in rows.itertuples()])
+    table = table.pivot(index=index, columns=columns, values="words").fillna("not run")
+    table = table.reindex(index=rows[index].unique(), columns=rows[columns].unique())
     return table.rename_axis(index=None, columns=None)
 
 
 def _rates(row) -> str:
-    return f"{_pair(row.acc, row.asr)}{_marks(row)}" if row.run else "not run"
+    return f"{_pair(row)}{_marks(row)}" if row.run else "not run"
 
 
 def _change(row) -> str:
     return f"{row.change:+.1f}{'' if pd.isna(row.asr) else f' / {row.asr:.1f}'}{_marks(row)}"
 
 
-def _pair(acc: float, asr: float) -> str:
-    return f"{acc:.1f}" if pd.isna(asr) else f"{acc:.1f} / {asr:.1f}"
+def _pair(row) -> str:
+    return f"{row.acc:.1f}" if pd.isna(row.asr) else f"{row.acc:.1f} / {row.asr:.1f}"
 
 
 def _marks(row) -> str:
@@ -121,21 +107,17 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     lines = {}
     for label, same in means.groupby("defence", sort=False):
         done = same[same["run"]]
-        line = {"run": f"{len(done)} of {len(same)}"}
-        if len(done):
-            worst = done.loc[done["asr"].idxmax()]
-            line |= {
-                "mean ASR": f"{done['asr'].mean():.1f}",
-                "largest ASR": f"{worst['asr']:.1f} ({worst['attack']})",
-            }
-        if len(done) and label != UNDEFENDED:
-            line |= {
-                "goal met": f"{int(done['good'].sum())} of {len(done)}",
-                "change of ACC": f"{done['change'].mean():+.1f}",
-                "mean DER": f"{done['der'].mean():.1f}",
-                "seconds": f"{done['seconds'].median():.0f}",
-            }
-        lines[label] = line
+        lines[label] = line = {"run": f"{len(done)} of {len(same)}"}
+        if done.empty:
+            continue
+        worst = done.loc[done["asr"].idxmax()]
+        line["mean ASR"] = f"{done['asr'].mean():.1f}"
+        line["largest ASR"] = f"{worst['asr']:.1f} ({worst['attack']})"
+        if label != UNDEFENDED:
+            line["goal met"] = f"{int(done['good'].sum())} of {len(done)}"
+            line["change of ACC"] = f"{done['change'].mean():+.1f}"
+            line["mean DER"] = f"{done['der'].mean():.1f}"
+            line["seconds"] = f"{done['seconds'].median():.0f}"
     columns = ["run", "goal met", "mean ASR", "largest ASR", "change of ACC", "mean DER", "seconds"]
     return pd.DataFrame.from_dict(lines, orient="index", columns=columns).fillna("")
 
@@ -154,31 +136,31 @@ def spread(percent: pd.Series, n: pd.Series) -> str:
 def beside_best(rows: pd.DataFrame, algorithm: str = IBAU) -> pd.DataFrame:
     """An algorithm beside the best of the six baselines by DER, seeds together: a row an attacked model.
 
-    Of models with the algorithm and at least LEAST of the baselines; `own`, `best`, `name` (of that baseline)
-    and `baselines` (how many were run), with the columns of the `frame` that say which model it is.
+    Of models with the algorithm and at least LEAST of the baselines: `own`, `best`, and `baselines`, how many
+    were run; with the columns of the `frame` that say which model it is.
     """
-    means = over_seeds(rows)
-    means = means[means["run"] & means["der"].notna()]
-    lines = []
-    models = which(means, "defence")
-    for model, same in means.groupby(models, sort=False):
-        own = same[same["defence"] == algorithm]["der"]
-        others = same[same["defence"].isin(BASELINES)].set_index("defence")["der"]
-        if len(own) and len(others) >= LEAST:
-            lines.append((*model, own.iloc[0], others.max(), others.idxmax(), len(others)))
-    return pd.DataFrame(lines, columns=[*models, "own", "best", "name", "baselines"])
+    done = over_seeds(rows).dropna(subset="der")
+    der = done.pivot(index=which(done, "defence"), columns="defence", values="der")
+    der = der.reindex(columns=[algorithm, *BASELINES])
+    others = der[[*BASELINES]]
+    pairs = pd.DataFrame(
+        {"own": der[algorithm], "best": others.max(axis=1), "baselines": others.count(axis=1)}
+    )
+    return pairs[pairs["own"].notna() & (pairs["baselines"] >= LEAST)].reset_index()
 
 
-def ratios(rows: pd.DataFrame, algorithm: str = IBAU) -> pd.DataFrame:
+def ratios(rows: pd.DataFrame, algorithm: str = IBAU, of: str = "seconds") -> pd.DataFrame:
     """Seconds of each defence over the algorithm's, `times`: same model, seed, kind of device and threads.
+
+    `of` is a column of the `frame`, such as "seconds", those of the whole run, or "to_effect".
 
     The `frame`'s rows for which the algorithm was run as well, and whether they meet the goal, `good`.
     """
     same = [*which(rows, "defence"), "device"]
-    done = rows[rows["seconds"].notna()]
-    own = done[done["defence"] == algorithm][[*same, "seconds"]].rename(columns={"seconds": "own"})
+    done = rows[rows[of].notna()]
+    own = done[done["defence"] == algorithm][[*same, of]].rename(columns={of: "own"})
     both = done.merge(own, on=same)
-    return both.assign(times=both["seconds"] / both["own"], good=[good(row) for row in both.itertuples()])
+    return both.assign(times=both[of] / both["own"], good=[good(row) for row in both.itertuples()])
 
 
 # ---- in words
@@ -198,16 +180,14 @@ def in_words(rows: pd.DataFrame) -> str:
         if len(best) > 1:
             most = " and ".join(best.index[best == best.max()])
             words.append(f"The largest share is that of {most}.")
-    words += [_beside_best_in_words(rows, algorithm) for algorithm in (IBAU, IBAU_PLUS)]
+    for algorithm in (IBAU, IBAU_PLUS):
+        pairs = beside_best(rows, algorithm)
+        if pairs.empty:
+            words.append(f"On no model were both {algorithm} and three or more of the six baselines run.")
+            continue
+        higher, near = (pairs["own"] > pairs["best"]).sum(), (pairs["own"] >= pairs["best"] - NEAR).sum()
+        words += [
+            f"On {len(pairs)} models {algorithm} and three or more of the six baselines were run: its DER is",
+            f"higher than their best one's on {higher}, and no more than {NEAR:g} points lower on {near}.",
+        ]
     return " ".join(filter(None, [*words, split_note(rows)]))
-
-
-def _beside_best_in_words(rows: pd.DataFrame, algorithm: str) -> str:
-    pairs = beside_best(rows, algorithm)
-    if pairs.empty:
-        return f"On no model were both {algorithm} and three or more of the six baselines run."
-    higher, near = (pairs["own"] > pairs["best"]).sum(), (pairs["own"] >= pairs["best"] - NEAR).sum()
-    return (
-        f"On {len(pairs)} models {algorithm} and three or more of the six baselines were run: its DER is "
-        f"higher than their best one's on {higher}, and no more than {NEAR:g} points lower on {near}."
-    )

@@ -1,13 +1,10 @@
 """Settings -> record: train a victim, defend it, measure both, and keep what was found.
 
-A victim (a poisoned or clean model with its trigger) is trained once and kept under `runs/models`, keyed by
-a hash of everything that made it; the records of defences go to `runs/records` in the same way. Both are
-written atomically, so an interrupted run loses nothing that was finished, and bear a checksum, so a record
-that was cut short or edited is noticed and made again. Of several processes that ask for the same one, one
-makes it and the others wait (see `once`).
+A victim (a poisoned or clean model with its triggers) is trained once and kept under `runs/models`, named by
+a hash of everything that made it; the records of defences go to `runs/records` in the same way. What was
+finished outlives an interruption, and what is damaged is made again (see `records`).
 """
 
-import inspect
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,18 +18,18 @@ from ibau import defences
 from ibau.attacks import Poisoned, Trigger, make_trigger, needs_model, poison, poison_several, strength_of
 from ibau.data.files import whole_file
 from ibau.data.images import ImageSet, Splits
-from ibau.defences.base import Defence, Defended
+from ibau.defences.base import Defended
 from ibau.measure.intervals import Rate
 from ibau.measure.rates import accuracy, attack_rates, defence_effectiveness_rating
 from ibau.measure.stealth import stealth
 from ibau.networks import checkpoints, models
 from ibau.networks.models import default_device
 from ibau.networks.training import to_float, train
+from ibau.study.effort import fitted
 from ibau.study.records import once, provenance, runs
 from ibau.study.settings import VictimSettings
 
 WATCHED = 500  # test images of a defence's curve
-
 
 Attacks = tuple[tuple[Trigger, int | str], ...]  # triggers and their targets
 
@@ -57,9 +54,8 @@ def victim(settings: VictimSettings, splits: Splits, *, progress: bool = False) 
     `splits` must be the data set that the settings name, with its whole training set or the first
     `train_size` images of it. An interrupted training goes on where it stopped.
     """
-    described = describe(settings, splits)
-    note = runs().path(described)
-    record = once(note, lambda: _make_victim(note, settings, described, splits, progress=progress))
+    note = runs().path(describe(settings, splits))
+    record = once(note, lambda: _make_victim(note, settings, splits, progress=progress))
     triggers = [Trigger.load(file) for file in _trigger_files(note, settings)]
     attacks = tuple(zip(triggers, settings.targets(len(splits.classes)), strict=True))
     model = checkpoints.load(note.with_suffix(".safetensors"), _untrained(settings, splits))
@@ -74,13 +70,10 @@ def _untrained(settings: VictimSettings, splits: Splits) -> nn.Module:
     return models.build(settings.architecture, len(splits.classes), settings.width, settings.seed)
 
 
-def _make_victim(
-    note: Path, settings: VictimSettings, described: dict, splits: Splits, *, progress: bool
-) -> dict:
+def _make_victim(note: Path, settings: VictimSettings, splits: Splits, *, progress: bool) -> dict:
     """Train the victim, keep its weights and triggers; its record."""
-    started = time.perf_counter()
-    targets = settings.targets(len(splits.classes))
-    attacks = _make_attacks(settings, splits, targets, progress=progress)
+    started, described = time.perf_counter(), describe(settings, splits)
+    attacks = _make_attacks(settings, splits, progress=progress)
     trigger_seconds = time.perf_counter() - started
     for (trigger, _), file in zip(attacks, _trigger_files(note, settings), strict=True):
         trigger.save(file)
@@ -88,7 +81,7 @@ def _make_victim(
     model = _untrained(settings, splits).to(default_device())
     history = train(
         model,
-        poisoned.data if poisoned else splits.train,
+        poisoned.data,
         settings.training,
         seed=settings.seed,
         checkpoint=note.with_suffix(".checkpoint"),
@@ -100,7 +93,7 @@ def _make_victim(
         "settings": described,
         "measured": _measured(model, splits, rates),
         "attacks": [_about(*attack, *rate, splits) for attack, rate in zip(attacks, rates, strict=True)],
-        "fit": _fit(model, splits, poisoned),
+        "fit": _fit(model, poisoned),
         "trigger_seconds": trigger_seconds,
         "training_seconds": sum(epoch["seconds"] for epoch in history),
         "training": history,
@@ -108,22 +101,19 @@ def _make_victim(
     }
 
 
-def _fit(model: nn.Module, splits: Splits, poisoned: Poisoned | None) -> dict:
+def _fit(model: nn.Module, poisoned: Poisoned) -> dict:
     """How converged a model is: loss and accuracy on its clean and on its poisoned training images."""
-    data = poisoned.data if poisoned else splits.train
-    carries = torch.zeros(len(data), dtype=torch.bool)
-    if poisoned:
-        carries[poisoned.indices] = True
-    parts = {
-        "clean": data.take((~carries).nonzero().flatten()),
-        "poisoned": data.take(carries.nonzero().flatten()),
-    }
-    return {name: _fit_on(model, part) if len(part) else None for name, part in parts.items()}
+    carries = torch.zeros(len(poisoned.data), dtype=torch.bool)
+    carries[poisoned.indices] = True
+    parts = {"clean": ~carries, "poisoned": carries}
+    return {name: _fit_on(model, poisoned.data.take(part)) for name, part in parts.items()}
 
 
 @torch.inference_mode()
-def _fit_on(model: nn.Module, data: ImageSet) -> dict:
-    """Mean cross-entropy and accuracy, by the labels of the training set, in evaluation mode."""
+def _fit_on(model: nn.Module, data: ImageSet) -> dict | None:
+    """Mean cross-entropy and accuracy, by the labels of the training set; None without images."""
+    if not len(data):
+        return None
     device, loss, hits = default_device(), 0.0, 0
     for x, y in zip(data.images.split(500), data.labels.split(500), strict=True):
         logits = model(to_float(x.to(device))).float().cpu()
@@ -138,19 +128,21 @@ def describe(settings: VictimSettings, splits: Splits) -> dict:
     return {**asdict(settings), **data}
 
 
-def poison_with(attacks: Attacks, settings: VictimSettings, splits: Splits) -> Poisoned | None:
-    """The training set as the victim of these attacks sees it; None where there are none."""
+def poison_with(attacks: Attacks, settings: VictimSettings, splits: Splits) -> Poisoned:
+    """The training set as the victim of these attacks sees it; as it is where there are none."""
+    if not attacks:
+        return Poisoned(splits.train, torch.arange(0), ())
     about = {"ratio": settings.poison_ratio, "num_classes": len(splits.classes), "seed": settings.seed}
-    if len(attacks) > 1:
-        triggers, targets = zip(*attacks, strict=True)
-        return poison_several(splits.train, triggers, targets, **about)
-    return poison(splits.train, attacks[0][0], target=attacks[0][1], **about) if attacks else None
+    triggers, targets = zip(*attacks, strict=True)
+    if len(attacks) == 1:
+        return poison(splits.train, *triggers, target=targets[0], **about)
+    return poison_several(splits.train, triggers, targets, **about)
 
 
-def _make_attacks(settings: VictimSettings, splits: Splits, targets, *, progress: bool) -> Attacks:
+def _make_attacks(settings: VictimSettings, splits: Splits, *, progress: bool) -> Attacks:
     """The triggers these settings ask for; those that are optimised get the clean model trained alike."""
-    clean_model = None
-    if any(needs_model(name) for name in settings.attacks):
+    clean_model, targets = None, settings.targets(len(splits.classes))
+    if any(map(needs_model, settings.attacks)):
         clean = replace(settings, attack="none", target=0, strength=None)
         clean_model = victim(clean, splits, progress=progress).model
     triggers = [
@@ -208,66 +200,75 @@ def defence_record(
     defence_settings=None,
     *,
     seed: int = 0,
+    effort: float = 0.0,
     progress: bool = False,
 ) -> dict:
     """Defend the victim of `settings` by the named defence; record ACC, ASR, RA and DER, before and after.
 
-    `defence` is one of `ibau.defences.DEFENCES`, `defence_settings` its settings (None: the default ones).
-    Everything is measured on `splits.test`, which no defence sees. Of a defence that takes `on_round` there
-    is the curve over its rounds, on the first WATCHED test images; that time does not count. The defended
-    model and the tensors behind the evidence, if any, are kept beside the record, as `<record>.safetensors`
-    and `<record>.tensors`. A record that exists already is read instead.
+    defence           one of `ibau.defences.DEFENCES`
+    defence_settings  its settings; None: the default ones
+    effort            0: with these settings; else they are scaled so that the defence takes this many times
+                      the seconds of I-BAU on the same victim with the same clean images
 
-    Raises ValueError for an unknown defence, or settings of another one.
+    Everything is measured on `splits.test`, which no defence sees. The curve is along the run, on the first
+    WATCHED test images; that time does not count. The defended model and the tensors behind the evidence, if
+    any, are kept beside the record, as `<record>.safetensors` and `<record>.tensors`. A record that exists
+    already is read instead.
+
+    Raises ValueError for an unknown defence, settings of another one, or a schedule that cannot be scaled.
     """
     chosen = defences.defence(defence)
     chosen_settings = defence_settings or chosen.settings()
-    about = describe_defence(settings, splits, defence, chosen_settings, seed=seed)
+    about = describe_defence(settings, splits, defence, chosen_settings, seed=seed, effort=effort)
 
     def make() -> dict:
         attacked = victim(settings, splits, progress=progress)
-        data = _seen_by(chosen, attacked, settings, splits)
+        data = splits.clean if chosen.sees == "clean" else None
+        if chosen.sees == "poisoned":
+            data = poison_with(attacked.attacks, settings, splits).data
+
+        def run(with_settings, **more) -> Defended:
+            return chosen(attacked.model, data, settings=with_settings, seed=seed, **more)
+
+        used, effort_of = chosen_settings, None
+        if effort:
+            most = effort * defence_record(settings, splits, "ibau", seed=seed, progress=progress)["seconds"]
+            fit = fitted(chosen_settings, most, lambda tried: run(tried).seconds)
+            used, effort_of = fit.settings, fit.as_dict()
         watch = _Watch(attacked, splits)
-        result = chosen(
-            attacked.model,
-            data,
-            settings=chosen_settings,
-            seed=seed,
-            progress=progress,
-            **watch.if_taken(chosen),
-        )
-        return _write_defended(about, attacked, result, watch, splits)
+        result = run(used, progress=progress, watch=watch)
+        return {**_write_defended(about, attacked, result, watch, splits), "effort": effort_of}
 
     return once(runs().path(about), make)
 
 
 def describe_defence(
-    settings: VictimSettings, splits: Splits, defence: str, defence_settings, *, seed: int
+    settings: VictimSettings,
+    splits: Splits,
+    defence: str,
+    defence_settings,
+    *,
+    seed: int,
+    effort: float = 0.0,
 ) -> dict:
     """Everything that makes a defence's record: what its file is named by.
 
     A defence that sees no clean images has one record whatever their number, so theirs is 0.
     """
+    chosen = defences.defence(defence)
     return {
+        **({"effort": effort} if effort else {}),
         "victim": describe(settings, splits),
         "defence": defence,
-        "version": defences.defence(defence).version,
+        "version": chosen.version,
         "defence_settings": asdict(defence_settings),
-        "clean_images": len(splits.clean) if defences.defence(defence).sees == "clean" else 0,
+        "clean_images": len(splits.clean) if chosen.sees == "clean" else 0,
         "seed": seed,
     }
 
 
-def _seen_by(defence: Defence, attacked: Victim, settings: VictimSettings, splits: Splits) -> ImageSet | None:
-    """The images this defence sees."""
-    if defence.sees == "poisoned":
-        poisoned = poison_with(attacked.attacks, settings, splits)
-        return poisoned.data if poisoned else splits.train
-    return splits.clean if defence.sees == "clean" else None
-
-
 class _Watch:
-    """Measures the model after each round of a defence, on the first WATCHED test images, and its own time.
+    """Measures the model along a defence's run, on the first WATCHED test images, and its own time.
 
     Several triggers share the images, so that watching does not take longer than unlearning.
     """
@@ -275,20 +276,24 @@ class _Watch:
     def __init__(self, attacked: Victim, splits: Splits):
         self.few = _first(splits, WATCHED)
         self.triggered = _first(splits, WATCHED // max(1, len(attacked.attacks)))
-        self.attacked, self.seconds = attacked, 0.0
-        self.curve: list[dict] = []
+        self.attacked, self.away = attacked, 0.0
+        self.curve = [{"round": 0, "seconds": 0.0, **self._measured(attacked.model)}]
+        self.started = time.perf_counter()
 
-    def if_taken(self, defence: Defence) -> dict:
-        """The argument `on_round`, for a defence that takes one."""
-        if "on_round" not in inspect.signature(defence.function).parameters:
-            return {}
-        self.curve = [{"round": 0, **self._measured(self.attacked.model)}]
-        return {"on_round": self}
+    def __call__(self, model: nn.Module) -> None:
+        arrived = time.perf_counter()
+        self.add(model, arrived - self.started - self.away)
+        self.away += time.perf_counter() - arrived
 
-    def __call__(self, model: nn.Module, history: list[dict]) -> None:
-        started = time.perf_counter()
-        self.curve.append({"round": history[-1]["round"], **self._measured(model)})
-        self.seconds += time.perf_counter() - started
+    def add(self, model: nn.Module, seconds: float, *, ended: bool = False) -> None:
+        """A point of the curve: this model, after so many seconds of the defence's own.
+
+        At the end of the run there is none where the last look found the same rates.
+        """
+        point = {"round": len(self.curve), "seconds": seconds, **self._measured(model)}
+        last = {**self.curve[-1], "round": point["round"], "seconds": seconds}
+        if not ended or point != last:
+            self.curve.append(point)
 
     def _measured(self, model: nn.Module) -> dict:
         return _measured(model, self.few, _rates(model, self.triggered, self.attacked.attacks))
@@ -296,13 +301,14 @@ class _Watch:
 
 def _first(splits: Splits, count: int) -> Splits:
     """The same splits with the first test images alone."""
-    return replace(splits, test=splits.test.take(torch.arange(min(count, len(splits.test)))))
+    return replace(splits, test=splits.test.take(range(min(count, len(splits.test)))))
 
 
 def _write_defended(about: dict, attacked: Victim, result: Defended, watch: _Watch, splits: Splits) -> dict:
     """Measure the defended model, keep it and its tensors; the record."""
-    before = attacked.record["measured"]
+    before, seconds = attacked.record["measured"], result.seconds - watch.away
     after = measure(result.model, splits, attacked.attacks)
+    watch.add(result.model, seconds, ended=True)
     checkpoints.save(result.model, runs().path(about, ".safetensors"), about)
     if result.tensors:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in result.tensors.items()}
@@ -312,7 +318,7 @@ def _write_defended(about: dict, attacked: Victim, result: Defended, watch: _Wat
         "settings": about,
         "before": before,
         "after": {**after, "der": rating(before, after)},
-        "seconds": result.seconds - watch.seconds,
+        "seconds": seconds,
         "training_seconds": attacked.record["training_seconds"],
         "peak_memory_mb": result.peak_memory_mb,
         "history": result.history,

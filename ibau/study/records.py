@@ -4,10 +4,10 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from filelock import FileLock
 import ibau
 from ibau.data.files import whole_file
 
+CHECKOUT = Path(ibau.__file__).resolve().parent.parent
 FORMAT = 2  # raise when records or victims of older code should not be taken for new ones
 
 
@@ -25,8 +26,7 @@ def runs_dir() -> Path:
     """Where runs leave their files: `$IBAU_RUNS`, or `runs/` in the checkout, whatever folder we are in."""
     if os.environ.get("IBAU_RUNS"):
         return Path(os.environ["IBAU_RUNS"]).resolve()
-    checkout = Path(ibau.__file__).resolve().parent.parent
-    return (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "runs"
+    return (CHECKOUT if (CHECKOUT / "notebooks").is_dir() else Path.cwd()) / "runs"
 
 
 def key(settings: dict) -> str:
@@ -61,8 +61,7 @@ class Records:
         """Where the record with these settings lies, or the weights, tensors or triggers beside it."""
         if "defence" not in settings:
             return self.victims_folder / f"{_attacked(settings)}-{key(settings)}{suffix}"
-        stem = f"{_attacked(settings['victim'])}-{settings['defence']}-{key(settings)}"
-        return self.folder / f"{stem}{suffix}"
+        return self.folder / f"{_attacked(settings['victim'])}-{settings['defence']}-{key(settings)}{suffix}"
 
     def publish(self, record: dict) -> Path:
         """Write a defence's or a victim's record into these folders."""
@@ -91,7 +90,7 @@ def _all_records(folder: Path) -> list[dict]:
 
 def figures_dir() -> Path:
     """`figures/` of the checkout."""
-    return Path(ibau.__file__).resolve().parent.parent / "figures"
+    return CHECKOUT / "figures"
 
 
 def write_headline(profile_name: str, records: list[dict]) -> Path:
@@ -114,24 +113,17 @@ def once(path: Path, make: Callable[[], dict]) -> dict:
     however that ends. Where a file system has no locks, a record may be made twice, and the last one stays.
     """
     found = read_record(path)
-    if found is None:
-        with _alone(path):
-            found = read_record(path) or write_record(path, make())
-    return found
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
+    if found is not None:
+        return found
     lock = FileLock(runs_dir() / "locks" / f"{path.stem}.lock")
     Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire()
     except (OSError, NotImplementedError) as error:
-        warnings.warn(
-            f"{lock.lock_file} cannot be locked ({error}); a record may be made twice", stacklevel=4
-        )
+        text = f"{lock.lock_file} cannot be locked ({error}); a record may be made twice"
+        warnings.warn(text, stacklevel=2)
     try:
-        yield
+        return read_record(path) or write_record(path, make())
     finally:
         lock.release()
 
@@ -169,9 +161,8 @@ def write_json(path: Path, content: dict) -> Path:
 @cache
 def provenance() -> dict:
     """What computed a record: device, versions, commit and day."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -182,23 +173,17 @@ def provenance() -> dict:
 
 
 def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        if (info.exists())
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")  # of Linux
+    found = re.search(r"model name\s*:(.*)", info.read_text()) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _commit() -> str:
     """The checkout's commit, with a + where the package differs from it; "unknown" outside a checkout."""
-    root = Path(ibau.__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", root, *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "-C", CHECKOUT, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "ibau") else "")

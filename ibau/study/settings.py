@@ -1,4 +1,4 @@
-"""What makes a victim, the victims that every table has, and the profiles: how much to compute."""
+"""What makes a victim, the standard victims, and the profiles: how much to compute."""
 
 from dataclasses import dataclass, replace
 
@@ -54,10 +54,10 @@ class VictimSettings:
 
 @dataclass(frozen=True)
 class Profile:
-    """How much to compute: see the table in README.md."""
+    """How much to compute; README.md describes the three."""
 
     dataset: str
-    clean_size: int | None  # None: the data set's default, see datasets.CLEAN_SIZE
+    clean_size: int | None  # None: the data set's default, see splits.CLEAN_SIZE
     width: float
     training: TrainSettings
 
@@ -69,7 +69,7 @@ PROFILES = {
 }
 
 
-# The settings every table has: label -> attack and target. The targets are the I-BAU authors' where known.
+# The standard victims: label -> attack and target. The targets are the I-BAU authors' where known.
 STANDARD: dict[str, tuple[str, int | str]] = {
     "BadNets": ("badnets", 8),
     "Blend": ("blend", 1),

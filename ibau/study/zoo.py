@@ -5,8 +5,12 @@
     victim.attacks  # ((trigger, target), ...)
     victim.record  # how it was trained, and its ACC and ASR before it was rounded
 
-A name is a data set and a label of the tables. `make zoo` writes the folder from `runs/models`. The weights
+A name is a data set and a label of STANDARD. `make zoo` writes the folder from `runs/models`. The weights
 were trained here, from scratch; they come under the repository's licence.
+
+`zoo/converged` has models that were trained for 50 epochs, as files of `runs/models`, in float32; copied
+there they are not trained again. Those of seed 10 are development models: settings are chosen on them, and no
+table shows them. `load(name, CONVERGED)` reads one.
 """
 
 import shutil
@@ -15,13 +19,14 @@ from pathlib import Path
 
 import torch
 
-import ibau
 from ibau.attacks import Trigger
 from ibau.networks import checkpoints, models
 from ibau.study.experiment import Victim
-from ibau.study.records import Records, read_record, runs, write_record
+from ibau.study.records import CHECKOUT, Records, read_record, runs, write_record
 from ibau.study.settings import profile, standard_victims
 
+ZOO = CHECKOUT / "zoo"
+CONVERGED = ZOO / "converged"
 KEPT = (("desk", "cifar10"), ("desk", "gtsrb"), ("quick", "mnist5k"))  # whose victims of seed 0 are kept
 MOST = 25_000_000  # bytes, all files together
 
@@ -30,22 +35,16 @@ class ZooError(Exception):
     """There is no such model, or the zoo cannot be made; the message says what there is or is missing."""
 
 
-def zoo_dir() -> Path:
-    """`zoo/` of the checkout."""
-    return Path(ibau.__file__).resolve().parent.parent / "zoo"
-
-
-def names(folder: Path | None = None) -> list[str]:
+def names(folder: Path = ZOO) -> list[str]:
     """What `load` can be asked for."""
-    return sorted(path.stem for path in (folder or zoo_dir()).glob("*.json"))
+    return sorted(path.stem for path in folder.glob("*.json"))
 
 
-def load(name: str, folder: Path | None = None) -> Victim:
+def load(name: str, folder: Path = ZOO) -> Victim:
     """The model of this name with its triggers, their targets, and its record, on the CPU.
 
     Raises ZooError for an unknown name, listing the valid ones.
     """
-    folder = folder or zoo_dir()
     record = read_record(folder / f"{name}.json") if name in names(folder) else None
     if record is None:
         raise ZooError(f"no model {name!r} in the zoo; there are {', '.join(names(folder)) or 'none'}")
@@ -59,7 +58,7 @@ def load(name: str, folder: Path | None = None) -> Victim:
 
 
 def standard() -> dict[str, dict]:
-    """Name -> the published record of the victim that belongs in the zoo; seed 0 of the tables' settings."""
+    """Name -> the published record of the victim that belongs in the zoo; the standard ones of seed 0."""
     published, found = Records().victims(), {}
     for effort, dataset in KEPT:
         for label, settings in standard_victims(profile(effort, dataset)).items():
@@ -70,13 +69,12 @@ def standard() -> dict[str, dict]:
     return found
 
 
-def make(folder: Path | None = None) -> list[str]:
+def make(folder: Path = ZOO) -> list[str]:
     """Write the zoo anew from `runs/models`; returns the names.
 
     Raises ZooError for a victim whose weights are not there, or do not fit half precision, and for a zoo
     that is too large; the old zoo then stays.
     """
-    folder = folder or zoo_dir()
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -86,8 +84,12 @@ def make(folder: Path | None = None) -> list[str]:
         size = sum(file.stat().st_size for file in fresh.iterdir())
         if size > MOST:
             raise ZooError(f"the zoo would take {size:,} bytes; {MOST:,} at most")
-        shutil.rmtree(folder, ignore_errors=True)
-        fresh.rename(folder)
+        folder.mkdir(exist_ok=True)
+        for old in folder.iterdir():
+            if old.is_file():  # CONVERGED stays
+                old.unlink()
+        for file in fresh.iterdir():
+            file.rename(folder / file.name)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return names(folder)
@@ -112,4 +114,4 @@ def _add(name: str, record: dict, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(f"{len(make())} models are in {zoo_dir()}")
+    print(f"{len(make())} models are in {ZOO}")

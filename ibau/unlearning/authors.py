@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ibau.checks import positive
 from ibau.hypergradient.implicit import implicit_hypergradient
@@ -38,6 +39,15 @@ class AuthorsSettings:
 
     def __post_init__(self):
         positive(self, "rounds")
+
+    @property
+    def work(self) -> int:
+        """What its time is proportional to."""
+        return self.rounds
+
+    def scaled(self, share: float) -> "AuthorsSettings":
+        """The same with this share of the rounds."""
+        return AuthorsSettings(max(1, round(share * self.rounds)))
 
 
 class _Inner:
@@ -91,6 +101,7 @@ def authors(
     settings: AuthorsSettings = AuthorsSettings(),
     seed: int = 0,
     *,
+    progress: bool = False,
     on_round: Callable[[nn.Module, list[dict]], None] | None = None,
 ) -> Unlearned:
     """Unlearn by the authors' recipe; arguments, result and history as of `ibau.unlearn`.
@@ -103,7 +114,8 @@ def authors(
     clean = batches(images, labels, BATCH, generator)
     a_pass = math.ceil(len(images) / BATCH)
     history, deltas = [], []
-    for number in range(1, settings.rounds + 1):
+    numbers = tqdm(range(1, settings.rounds + 1), desc="I-BAU, authors", unit="round", disable=not progress)
+    for number in numbers:
         began, steps = time.perf_counter(), []
         sample = torch.randperm(len(images), generator=generator)[:BATCH].to(images.device)
         inner = _Inner(theta, images[sample])

@@ -49,7 +49,9 @@ class Perturbation:
 
     delta         (1, C, H, W), or (1, 1 + C, H, W) for one that replaces pixels
     loss          the inner objective there
-    stationarity  |Phi(delta) - delta| / |delta|: 0 where no allowed step can raise the objective
+    stationarity  the share of the gradient that the constraint lets delta follow: 0 where no allowed step
+                  can raise the objective, 1 inside the constraint. On a sphere it is the sine of the angle
+                  between the gradient and delta
     """
 
     delta: Tensor
@@ -204,14 +206,15 @@ def arranged(images: Tensor, model: nn.Module) -> Tensor:
 
 
 def measured(inner, delta: Tensor) -> Perturbation:
-    """What the ascent found, with its loss and how far one step of Phi would move it."""
+    """What the ascent found, with its loss and how far it is from stationary: see Perturbation."""
     delta = delta.detach().requires_grad_()
     loss = inner.objective(delta, inner.weights())
     (gradient,) = torch.autograd.grad(loss, delta)
     delta = delta.detach()
-    moved = inner.project(delta + inner.settings.phi_step * gradient)
-    stationarity = (moved - delta).norm() / delta.norm().clamp_min(1e-12)
-    return Perturbation(delta, loss.item(), stationarity.item())
+    length = delta.norm() / 100  # short, so that a sphere is nearly flat
+    step = gradient * (length / gradient.norm().clamp_min(1e-30))
+    allowed = (inner.project(delta + step) - delta).norm() / step.norm().clamp_min(1e-30)
+    return Perturbation(delta, loss.item(), allowed.item())
 
 
 def line_of(found: Perturbation, steps: list[Tensor], inner_seconds: float, seconds: float) -> dict:
@@ -233,6 +236,7 @@ def line_of(found: Perturbation, steps: list[Tensor], inner_seconds: float, seco
         "delta_norm": found.delta.norm().item(),
         "stationarity": found.stationarity,
         **dict(zip(names, table.double().mean(0).tolist(), strict=True)),
+        "kept": (table[:, 1] > 0).double().mean().item(),
         "inner_seconds": inner_seconds,
         "seconds": seconds,
     }

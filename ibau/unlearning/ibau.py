@@ -5,9 +5,9 @@
 This is the paper's Algorithm 1, and nothing else. A round has two parts.
 
 Inner: which one perturbation, added to every image, hurts most? delta is an approximate maximiser of
-H( . , theta), found by projected gradient ascent. One step of that ascent is
+H( . , theta), found by projected gradient ascent. One plain step of such an ascent is
 
-(2)    Phi(delta, theta) = project(delta + eta dH/ddelta)
+(2)    Phi(delta, theta) = project(delta + eta dH/ddelta),    eta = phi_step / |d2H/ddelta2|
 
 Outer: Adam steps on theta along the hypergradient, which accounts for how delta moves with theta,
 
@@ -21,7 +21,8 @@ safety net and what the history reports.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from ibau.checks import not_negative, one_of, positive, within
 from ibau.hypergradient.implicit import (
     Hypergradient,
+    curvature,
     implicit_hypergradient,
     kkt_hypergradient,
     project_l2,
@@ -79,7 +81,7 @@ class IBAUSettings:
     inner_steps: int = 20  # T: ascent steps of an inner solve
     inner_images: int = 50  # clean images a round's inner problem is posed on
     K: int = 5  # terms of the series, iterations or unrolled steps; 0 leaves the implicit term out
-    phi_step: float = 1.0  # eta: step size of Phi
+    phi_step: float = 1.8  # eta |d2H/ddelta2|: the step of Phi, which contracts at a maximiser below 2
     solver: str = "fixed_point"
     tol: float = 1e-2  # relative residual at which the linear solve stops early
     held_out: float = 0.2  # share of the clean images that is only watched, 500 at most; 0: none
@@ -93,6 +95,15 @@ class IBAUSettings:
         within(self, "[0, 1)", "held_out")
         one_of(self, "solver", SOLVERS)
         one_of(self, "precision", PRECISIONS)
+
+    @property
+    def work(self) -> int:
+        """What its time is proportional to."""
+        return self.rounds
+
+    def scaled(self, share: float) -> "IBAUSettings":
+        """The same with this share of the rounds."""
+        return replace(self, rounds=max(1, round(share * self.rounds)))
 
 
 def cross_entropy(model: nn.Module, params: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
@@ -114,6 +125,7 @@ class InnerProblem:
         self.model, self.settings = model, settings
         self.images, self.labels = arranged(images, model), labels
         self.names = [name for name, _ in model.named_parameters()]
+        self.eta: Tensor | None = None  # the step of Phi: `solve` takes it from the curvature at delta
 
     def weights(self) -> list[Tensor]:
         """theta"""
@@ -127,7 +139,7 @@ class InnerProblem:
     def phi(self, delta: Tensor, params: Sequence[Tensor]) -> Tensor:
         """Eq. (2): Phi(delta, theta) = project(delta + eta dH/ddelta), one projected gradient ascent step."""
         (gradient,) = torch.autograd.grad(self.objective(delta, params), delta, create_graph=True)
-        return self.project(delta + self.settings.phi_step * gradient)
+        return self.project(delta + self.eta * gradient)
 
     def project(self, delta: Tensor) -> Tensor:
         """The closest point to delta in the ball."""
@@ -143,7 +155,16 @@ class InnerProblem:
 
         start = torch.randn(1, *self.images.shape[1:], generator=generator)
         start = (start * (0.01 * settings.radius / start.norm())).to(self.images.device)
-        return measured(self, maximise(objective, start, radius=settings.radius, steps=settings.inner_steps))
+        delta = maximise(objective, start, radius=settings.radius, steps=settings.inner_steps)
+        return self.solved(delta)
+
+    def solved(self, delta: Tensor) -> Perturbation:
+        """delta as the solution: how good it is, and the step of Phi there, where Phi is needed."""
+        if self.settings.K:
+            with second_order(self.images.device, self.settings.precision) or nullcontext():
+                largest = curvature(self.objective, delta, self.weights())
+            self.eta = self.settings.phi_step / largest.clamp_min(1e-12)
+        return measured(self, delta)
 
 
 def maximise(objective, delta: Tensor, *, radius: float, steps: int) -> Tensor:
@@ -233,8 +254,9 @@ def unlearn(
     half the rate.
 
     Returns Unlearned; a line of its history has round, inner_loss, delta_norm, stationarity, outer_loss,
-    implicit_over_direct (|implicit| / |direct|), residual and contraction of the linear system,
-    inner_seconds, seconds, held_out_acc, rate: means over the round's outer steps.
+    implicit_over_direct (|implicit| / |direct|), residual and contraction of the linear system, kept (the
+    share of the outer steps whose implicit term was kept), inner_seconds, seconds, held_out_acc, rate: means
+    over the round's outer steps.
 
     Raises ValueError for a clean set that cannot be used, UnlearningError when the rate was halved in vain.
     Warns (UnlearningWarning) when held-out accuracy ends more than 5 points below what it was.
