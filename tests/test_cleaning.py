@@ -125,7 +125,10 @@ def test_the_ascent_finds_the_pixels_that_matter():
 def test_the_implicit_term_of_a_patch_follows_the_inner_solution():
     """Unrolled differentiation of Phi's own steps against finite differences in the weights."""
     model, images = network().double(), IMAGES.double() / 255
-    inner = InnerProblem(model, images, LABELS, replace(PATCH, phi_step=5.0), area=9.0)
+    inner = InnerProblem(model, images, LABELS, PATCH, area=9.0)
+    inner.eta = torch.tensor(
+        5.0, dtype=torch.float64
+    )  # a fixed one: that it follows delta is not differentiated
     start = project_patch(some_delta(3, size=8, spread=0.4), 9.0)
 
     def outer(delta, params):
